@@ -1,0 +1,152 @@
+"""The device's side: three functions around the user's own training loop.
+
+::
+
+    @app.query()
+    def query(msg, context):
+        return profile(msg, context, model, loader, budget=Budget(memory_bytes=2e9))
+
+    @app.train()
+    def train(msg, context):
+        sub_model = receive(msg, model)
+        loss = my_training_loop(sub_model, loader)
+        return reply(msg, sub_model, num_examples=len(loader.dataset), metrics={"loss": loss})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
+
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from eclm_flower.adaptation.profile import Budget, DeviceProfile
+from eclm_flower.errors import RequestError
+from eclm_flower.federation.messages import (
+    BATCH_NORM,
+    BODY,
+    SELECTOR,
+    profile_to_metrics,
+    selection_from_config,
+    the_only,
+    to_array,
+    to_tensors,
+)
+from eclm_flower.modular.batch_norm import BatchNormPolicy, apply_policy
+from eclm_flower.modular.model import ModularModel
+
+Batches = Iterable[Tensor | tuple[Tensor, ...]]
+
+
+def receive(msg: Message, model: ModularModel) -> nn.Module:
+    """Build the sub-model a message carries.
+
+    Parameters
+    ----------
+    msg : Message
+        A train or evaluate message of the ECLM strategy.
+    model : ModularModel
+        The same modularised model as in the cloud; its weights are not used and not changed.
+
+    Returns
+    -------
+    nn.Module
+        A model of the user's own type with just this device's modules. Its batch norm follows the
+        policy the cloud chose.
+
+    Raises
+    ------
+    RequestError
+        The message does not come from the ECLM strategy, or for another model.
+    """
+    arrays = msg.content.array_records[the_only(msg.content.array_records, "ArrayRecord")]
+    config = msg.content.config_records[the_only(msg.content.config_records, "ConfigRecord")]
+    selection = selection_from_config(config)
+    if not selection:
+        raise RequestError(
+            "The message names no modules: it does not come from the ECLM strategy. Use "
+            "strategy = ECLM(model) in the ServerApp."
+        )
+    sub_model = model.sub_model(selection)
+    gated = isinstance(sub_model, ModularModel)
+    tensors = to_tensors(arrays, "" if gated else BODY)
+    travelling = {key for key, value in sub_model.state_dict().items() if value.is_floating_point()}
+    if tensors.keys() != travelling:
+        raise RequestError(
+            "The message's arrays don't fit this device's model; differing keys: "
+            f"{sorted(tensors.keys() ^ travelling)[:4]}. Build and modularise the model alike in "
+            "the cloud and on devices."
+        )
+    sub_model.load_state_dict(tensors, strict=False)
+    return apply_policy(sub_model, cast(BatchNormPolicy, config[BATCH_NORM]))
+
+
+def reply(
+    msg: Message,
+    sub_model: nn.Module | None = None,
+    *,
+    num_examples: int,
+    metrics: Mapping[str, int | float | list[int] | list[float]] | None = None,
+) -> Message:
+    """Answer a train message (with the adapted sub-model) or an evaluate message (without).
+
+    Parameters
+    ----------
+    msg : Message
+        The message to answer.
+    sub_model : nn.Module, optional
+        What `receive` returned, trained.
+    num_examples : int
+        Examples trained or evaluated on; weighs this reply.
+    metrics : dict, optional
+        The user's own metrics.
+    """
+    content = RecordDict(
+        {"metrics": MetricRecord({**(metrics or {}), "num-examples": int(num_examples)})}
+    )
+    if sub_model is not None:
+        body = sub_model.body if isinstance(sub_model, ModularModel) else sub_model
+        key = the_only(msg.content.array_records, "ArrayRecord")
+        content[key] = ArrayRecord(
+            {
+                f"{BODY}{name}": to_array(tensor)
+                for name, tensor in body.state_dict().items()
+                if tensor.is_floating_point()
+            }
+        )
+    return Message(content, reply_to=msg)
+
+
+def profile(
+    msg: Message,
+    context: Context,
+    model: ModularModel,
+    data: Batches | Callable[[], Batches],
+    *,
+    budget: Budget | None = None,
+) -> Message:
+    """Answer the cloud's query: who this device is, what it can spend, what matters to its data.
+
+    Parameters
+    ----------
+    msg : Message
+        A query message of the ECLM strategy. If it carries the selector, importance is computed.
+    context : Context
+        The device's number is its ``partition-id``, if its node config has one, or its node id.
+    model : ModularModel
+        The same modularised model as in the cloud; its selector is overwritten by the cloud's.
+    data : iterable of batches, or a function that returns one
+        Local inputs ``[B, ...]``, or tuples that start with them (a DataLoader). A function is
+        called only when importance is asked for.
+    budget : Budget, optional
+        What the device can spend now; unlimited if not given.
+    """
+    importance = {}
+    if msg.content.array_records:
+        arrays = msg.content.array_records[the_only(msg.content.array_records, "ArrayRecord")]
+        model.selector.load_state_dict(to_tensors(arrays, SELECTOR))
+        importance = model.importance(data() if callable(data) else data)
+    device = context.node_config.get("partition-id", context.node_id)
+    answer = DeviceProfile(device=int(device), budget=budget or Budget(), importance=importance)
+    return Message(RecordDict({"profile": profile_to_metrics(answer)}), reply_to=msg)

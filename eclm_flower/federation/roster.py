@@ -1,0 +1,148 @@
+"""Which devices there are, and whom a round asks: reproducible although node ids are random.
+
+Flower draws node ids anew on every run and returns them as a set. Devices are therefore known by
+the lasting number they report (their partition id), sorted by it, and drawn with a generator of
+their own for every round and purpose.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from eclm_flower.adaptation.profile import DeviceProfile
+from eclm_flower.errors import ReplyError
+from eclm_flower.federation.messages import profile_from_content
+from eclm_flower.modular.costs import CostTable
+
+_POLL_SECONDS = 0.1
+
+
+class Roster:
+    """The devices that answered, by their number.
+
+    Parameters
+    ----------
+    seed : int
+        Of the draws.
+
+    Attributes
+    ----------
+    node_ids : dict[int, int]
+        Device number -> node id of the devices connected at the last `refresh`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.node_ids: dict[int, int] = {}
+
+    def refresh(self, grid: Grid, *, at_least: int, timeout: float) -> None:
+        """Wait for nodes to connect, and ask the new ones who they are.
+
+        Parameters
+        ----------
+        grid : Grid
+            Where the nodes are.
+        at_least : int
+            Nodes to wait for.
+        timeout : float
+            Seconds to wait for nodes, and for their answers.
+
+        Raises
+        ------
+        TimeoutError
+            Fewer than `at_least` nodes connected in time.
+        """
+        start = time.monotonic()
+        told = False
+        while len(connected := set(grid.get_node_ids())) < at_least:
+            if time.monotonic() - start > timeout:
+                raise TimeoutError(
+                    f"Expected at least {at_least} nodes, but only {len(connected)} connected "
+                    f"within {timeout:.0f} seconds; start more nodes, or ask for fewer."
+                )
+            if not told:
+                log(INFO, "Waiting for %s nodes (%s connected)", at_least, len(connected))
+                told = True
+            time.sleep(_POLL_SECONDS)
+        self.node_ids = {d: node for d, node in self.node_ids.items() if node in connected}
+        new = sorted(connected - set(self.node_ids.values()))
+        answers = ask(grid, new, lambda _: RecordDict(), timeout=timeout)
+        for node_id, answer in answers.items():
+            if answer.device in self.node_ids:
+                log(
+                    WARNING,
+                    "Node %s says it is device %s, as another node does: left out. Give every node "
+                    "a partition-id of its own.",
+                    node_id,
+                    answer.device,
+                )
+            else:
+                self.node_ids[answer.device] = node_id
+
+    def draw(self, number: int, *, server_round: int, purpose: int) -> list[int]:
+        """Draw devices without replacement; the same for the same seed, round and purpose."""
+        devices = np.array(sorted(self.node_ids), dtype=np.int64)
+        rng = np.random.default_rng([self.seed, server_round, purpose])
+        drawn = rng.choice(devices, size=min(number, len(devices)), replace=False)
+        return sorted(int(device) for device in drawn)
+
+
+def ask(
+    grid: Grid,
+    node_ids: Sequence[int],
+    content: Callable[[int], RecordDict],
+    *,
+    timeout: float,
+    costs: CostTable | None = None,
+) -> dict[int, DeviceProfile]:
+    """Ask nodes for their profiles; those that fail to answer are left out, with a log line.
+
+    Parameters
+    ----------
+    grid : Grid
+        Where the nodes are.
+    node_ids : sequence of int
+        Whom to ask.
+    content : callable
+        Node id -> what the query carries.
+    timeout : float
+        Seconds to wait.
+    costs : CostTable, optional
+        With it, importance that doesn't fit the model is refused.
+
+    Returns
+    -------
+    dict[int, DeviceProfile]
+        Node id -> profile.
+    """
+    messages = [Message(content(node_id), node_id, "query") for node_id in node_ids]
+    if not messages:
+        return {}
+    profiles: dict[int, DeviceProfile] = {}
+    replies = grid.send_and_receive(messages, timeout=timeout)
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    for answer in replies:
+        node_id = asked.get(answer.metadata.reply_to_message_id)
+        if node_id is None:
+            continue
+        if answer.has_error():
+            log(WARNING, "Node %s did not tell its profile: %s", node_id, last_line(answer))
+            continue
+        try:
+            profiles[node_id] = profile_from_content(answer.content, costs)
+        except ReplyError as error:
+            log(WARNING, "Node %s: %s", node_id, error)
+    return dict(sorted(profiles.items(), key=lambda item: item[1].device))
+
+
+def last_line(reply: Message) -> str:
+    """Return what an error reply says, without the traceback before it."""
+    lines = reply.error.reason.strip().splitlines()
+    return lines[-1] if lines else f"error {reply.error.code}"

@@ -1,0 +1,472 @@
+"""ECLM as a Flower strategy: derive a sub-model per device, merge what returns (paper section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+from torch import Tensor
+
+from eclm_flower.adaptation.derivation import derive
+from eclm_flower.adaptation.merge import Update, Weighting, check_update, merge
+from eclm_flower.adaptation.profile import DeviceProfile
+from eclm_flower.errors import InfeasibleBudgetError, ReplyError, RequestError
+from eclm_flower.federation.messages import (
+    BATCH_NORM,
+    BODY,
+    SELECTOR,
+    selection_to_config,
+    to_array,
+    to_tensors,
+)
+from eclm_flower.federation.roster import Roster, ask, last_line
+from eclm_flower.modular.batch_norm import BatchNormPolicy
+from eclm_flower.modular.model import ModularModel
+from eclm_flower.modular.selection import Selection, count
+
+_TRAIN, _EVALUATE = 0, 1  # purposes of a draw
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was sent to a device in this round."""
+
+    metadata: Metadata  # Flower writes the message id into it when the message is pushed
+    device: int
+    selection: Selection
+
+
+class ECLM(FedAvg):
+    """Edge-cloud collaborative learning (ECLM, arXiv 2311.11083; Nebula, ICPP 2024).
+
+    In a round, sampled devices report their budget and, once, which modules matter for their data;
+    each gets the sub-model that `derive` chooses, trains it, and what returns is merged module by
+    module. A device that fails, or answers what can't be merged, is left out of the round.
+
+    Parameters
+    ----------
+    model : ModularModel
+        The modularised cloud model. Its structure, costs and selector settings are used; its
+        weights travel as ``initial_arrays=ArrayRecord(model.state_dict())``.
+    seed : int (default: 0)
+        Of the draws of devices.
+    weighting : {"importance-examples", "importance", "examples"}
+        What a returned module is weighed by; the paper's is "importance". In our trials they gave
+        the same accuracy; the default also makes FedAvg the special case of one module a layer.
+    batch_norm : {"frozen", "merged"}
+        See `eclm_flower.modular.batch_norm`.
+    importance_every : int, optional
+        Ask a device for its importance again after this many rounds, at the price of the
+        selector's bytes; None (default) asks once. The budget is asked in every round.
+    **fedavg
+        Every parameter of Flower's `FedAvg`: fractions and minimum numbers of nodes, record keys,
+        aggregation of metrics.
+
+    Attributes
+    ----------
+    profiles : dict[int, DeviceProfile]
+        Device number -> its latest profile.
+    selections : dict[int, Selection]
+        Device number -> the modules of the sub-model it was last sent.
+    """
+
+    def __init__(
+        self,
+        model: ModularModel,
+        *,
+        seed: int = 0,
+        weighting: Weighting = "importance-examples",
+        batch_norm: BatchNormPolicy = "frozen",
+        importance_every: int | None = None,
+        **fedavg: Any,
+    ) -> None:
+        super().__init__(**fedavg)
+        if importance_every is not None and importance_every < 1:
+            raise ValueError(f"Expected importance_every >= 1 or None, got {importance_every}.")
+        self.model = model
+        self.weighting = weighting
+        self.batch_norm = batch_norm
+        self.importance_every = importance_every
+        self.roster = Roster(seed)
+        self.profiles: dict[int, DeviceProfile] = {}
+        self.selections: dict[int, Selection] = {}
+        self._timeout = 3600.0
+        self._budget_round: dict[int, int] = {}  # device -> round of its latest budget
+        self._importance_round: dict[int, int] = {}  # device -> round of its latest importance
+        self._requests: list[_Request] = []
+        # The cloud model as `start` handed it to this round; `start` owns it between rounds.
+        self._arrays = ArrayRecord()
+        self._state: dict[str, Tensor] = {}
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Result:
+        """Run the federation; see Flower's `Strategy.start`. Queries share the timeout."""
+        self._timeout = timeout
+        return super().start(grid, initial_arrays, num_rounds, timeout, *args, **kwargs)
+
+    def summary(self) -> None:
+        """Log the cloud model, its costs and the settings."""
+        costs = self.model.costs
+        log(INFO, "\t├──> Cloud model: %s module layers", len(costs.modules))
+        for name, number in costs.modules.items():
+            each = costs.per_module[name]
+            log(
+                INFO,
+                "\t│\t├── %s: %s modules of %.1f kB, %.2f MFLOP a training sample",
+                name,
+                number,
+                each.communication_bytes / 1e3,
+                each.computation_flops / 1e6,
+            )
+        log(
+            INFO,
+            "\t│\t└── shared part: %.1f kB; whole model: %.1f kB",
+            costs.shared.communication_bytes / 1e3,
+            costs.whole.communication_bytes / 1e3,
+        )
+        log(
+            INFO,
+            "\t├──> ECLM: weighting %s | batch norm %s | gating %s",
+            self.weighting,
+            self.batch_norm,
+            self.model.gating,
+        )
+        super().summary()
+
+    # ---------------------------------------------------------------- derive
+
+    def derive(self, profile: DeviceProfile) -> Selection:
+        """Choose the modules of a device's sub-model; override to choose otherwise.
+
+        Raises
+        ------
+        InfeasibleBudgetError
+            Nothing fits the device's budget: it is left out of the round.
+        """
+        return derive(profile.importance, self.model.costs, profile.budget)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw devices, ask their profiles, and send each its sub-model."""
+        if self.fraction_train == 0.0:
+            return []
+        return self._configure(
+            server_round,
+            arrays,
+            config,
+            grid,
+            purpose=_TRAIN,
+            fraction=self.fraction_train,
+            at_least=self.min_train_nodes,
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw devices and send each its own sub-model to evaluate."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        return self._configure(
+            server_round,
+            arrays,
+            config,
+            grid,
+            purpose=_EVALUATE,
+            fraction=self.fraction_evaluate,
+            at_least=self.min_evaluate_nodes,
+        )
+
+    def _configure(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+        *,
+        purpose: int,
+        fraction: float,
+        at_least: int,
+    ) -> list[Message]:
+        self._take_over(arrays)
+        self.roster.refresh(
+            grid, at_least=max(self.min_available_nodes, at_least), timeout=self._timeout
+        )
+        number = max(int(len(self.roster.node_ids) * fraction), at_least)
+        devices = self.roster.draw(number, server_round=server_round, purpose=purpose)
+        self._update_profiles(devices, server_round, grid)
+
+        config["server-round"] = server_round
+        messages = []
+        self._requests = []
+        message_type = MessageType.TRAIN if purpose == _TRAIN else MessageType.EVALUATE
+        for device in devices:
+            profile = self.profiles.get(device)
+            if profile is None or self._budget_round[device] != server_round:
+                continue  # it did not answer; `ask` said why
+            try:
+                selection = self.derive(profile)
+            except InfeasibleBudgetError as error:
+                log(WARNING, "Device %s is left out: %s", device, error)
+                continue
+            content = RecordDict(
+                {
+                    self.arrayrecord_key: self._pack(selection),
+                    self.configrecord_key: ConfigRecord(
+                        {
+                            **config,
+                            **selection_to_config(selection),
+                            BATCH_NORM: self.batch_norm,
+                        }
+                    ),
+                }
+            )
+            message = Message(content, self.roster.node_ids[device], message_type)
+            messages.append(message)
+            self._requests.append(_Request(message.metadata, device, selection))
+            self.selections[device] = selection
+        log(
+            INFO,
+            "configure_%s: %s of %s devices get a sub-model, of %.0f modules on average",
+            message_type,
+            len(messages),
+            len(self.roster.node_ids),
+            np.mean([count(request.selection) for request in self._requests] or [0]),
+        )
+        return messages
+
+    def _take_over(self, arrays: ArrayRecord) -> None:
+        """Make `arrays` this round's cloud model."""
+        if arrays is self._arrays:
+            return
+        expected = self.model.state_dict().keys()
+        if arrays.keys() != expected:
+            raise RequestError(
+                "Expected the arrays of the modular model, "
+                "initial_arrays=ArrayRecord(model.state_dict()); differing keys: "
+                f"{sorted(arrays.keys() ^ expected)[:4]}."
+            )
+        self._arrays = arrays
+        self._state = to_tensors(arrays, BODY)
+
+    def _update_profiles(self, devices: list[int], server_round: int, grid: Grid) -> None:
+        """Ask devices for their budget, and for their importance where it is missing or old."""
+        outdated = {
+            device
+            for device in devices
+            if device not in self._importance_round
+            or (
+                self.importance_every is not None
+                and server_round - self._importance_round[device] >= self.importance_every
+            )
+        }
+        selector = ArrayRecord(
+            {key: array for key, array in self._arrays.items() if key.startswith(SELECTOR)}
+        )
+        device_at = {self.roster.node_ids[device]: device for device in devices}
+
+        def content(node_id: int) -> RecordDict:
+            wanted = device_at[node_id] in outdated
+            return RecordDict({self.arrayrecord_key: selector} if wanted else {})
+
+        to_ask = [
+            self.roster.node_ids[device]
+            for device in devices
+            if self._budget_round.get(device) != server_round or device in outdated
+        ]
+        answers = ask(grid, to_ask, content, timeout=self._timeout, costs=self.model.costs)
+        for node_id, profile in answers.items():
+            device = device_at[node_id]
+            if profile.importance:
+                self._importance_round[device] = server_round
+            elif device in self.profiles:
+                profile = replace(profile, importance=self.profiles[device].importance)
+            if not profile.importance:
+                log(WARNING, "Device %s did not report its importance: left out.", device)
+                continue
+            self.profiles[device] = profile
+            self._budget_round[device] = server_round
+
+    def _pack(self, selection: Selection) -> ArrayRecord:
+        """Pack a sub-model's arrays; those of the shared part are the cloud's own, not copies."""
+        chosen: dict[str, Array] = {
+            f"{BODY}{key}": to_array(layer.take(key, self._state[key], selection[layer.name]))
+            for layer in self.model.layers.values()
+            for key in layer.axes
+        }
+        gated = self.model.gating == "selector"
+        return ArrayRecord(
+            {
+                key: chosen.get(key, array)
+                for key, array in self._arrays.items()
+                if (gated or key.startswith(BODY)) and not array.dtype.startswith(("int", "uint"))
+            }
+        )
+
+    # ----------------------------------------------------------------- merge
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Merge what returned, module by module; refuse what is broken."""
+        valid, counts = self._valid_replies(replies)
+        updates, contents = [], []
+        for request, content in valid:
+            try:
+                updates.append(self._update(request, content))
+                contents.append(content)
+            except ReplyError as error:
+                log(WARNING, "Reply of device %s is refused: %s", request.device, error)
+                counts["refused"] += 1
+        if not updates:
+            return None, MetricRecord(self._round_metrics(counts, 0, 0))
+
+        layers = self.model.layers.values()
+        merged = merge(self._state, updates, layers, weighting=self.weighting)
+        arrays = ArrayRecord(
+            {
+                key: to_array(merged[key.removeprefix(BODY)])
+                if merged.get(key.removeprefix(BODY)) is not self._state.get(key.removeprefix(BODY))
+                else array
+                for key, array in self._arrays.items()
+            }
+        )
+        updated = sum(
+            len(set().union(*(update.selection[layer.name] for update in updates)))
+            for layer in layers
+        )
+        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        metrics.update(self._round_metrics(counts, len(updates), updated))
+        return arrays, metrics
+
+    def _round_metrics(
+        self, counts: Mapping[str, int], merged: int, updated: int
+    ) -> dict[str, int]:
+        log(
+            INFO,
+            "aggregate_train: %s asked, %s merged, %s refused, %s failed, %s silent; "
+            "%s of %s modules updated",
+            len(self._requests),
+            merged,
+            counts["refused"],
+            counts["failed"],
+            counts["silent"],
+            updated,
+            sum(self.model.costs.modules.values()),
+        )
+        return {
+            "eclm-asked": len(self._requests),
+            "eclm-merged": merged,
+            "eclm-refused": counts["refused"],
+            "eclm-failed": counts["failed"],
+            "eclm-silent": counts["silent"],
+            "eclm-modules-updated": updated,
+        }
+
+    def _update(self, request: _Request, content: RecordDict) -> Update:
+        """Read and check one reply."""
+        arrays = content.array_records.get(self.arrayrecord_key)
+        if arrays is None or len(content.array_records) != 1:
+            raise ReplyError(f"Expected one ArrayRecord, '{self.arrayrecord_key}'.")
+        foreign = [key for key in arrays if not key.startswith(BODY)]
+        if foreign:
+            raise ReplyError(f"Expected arrays of the body only, got {foreign[:3]}.")
+        try:
+            state = to_tensors(arrays, BODY)
+        except (TypeError, ValueError, OSError, EOFError) as error:
+            raise ReplyError(f"Arrays can't be read: {error}.") from error
+        weight = next(iter(content.metric_records.values()))[self.weighted_by_key]
+        update = Update(
+            device=request.device,
+            selection=request.selection,
+            state=state,
+            importance=self.profiles[request.device].importance,
+            num_examples=float(weight),  # type: ignore[arg-type]
+        )
+        check_update(update, self._state, self.model.layers.values())
+        return update
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Aggregate the metrics of devices, each evaluated on its own sub-model."""
+        valid, _ = self._valid_replies(replies)
+        if not valid:
+            return None
+        contents = [content for _, content in valid]
+        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
+
+    def _valid_replies(
+        self, replies: Iterable[Message]
+    ) -> tuple[list[tuple[_Request, RecordDict]], Counter[str]]:
+        """Match replies with requests, in the order of devices; count what is lost, by reason."""
+        by_message = {request.metadata.message_id: request for request in self._requests}
+        matched: list[tuple[_Request, RecordDict]] = []
+        counts: Counter[str] = Counter()
+        for message in replies:
+            # A reply to no request of this round, or a second one to the same, finds nothing.
+            request = by_message.pop(message.metadata.reply_to_message_id, None)
+            if request is None:
+                log(WARNING, "A reply that answers no request of this round is ignored.")
+            elif message.has_error():
+                log(WARNING, "Device %s failed: %s", request.device, last_line(message))
+                counts["failed"] += 1
+            else:
+                matched.append((request, message.content))
+        counts["silent"] = len(by_message)
+        matched.sort(key=lambda pair: pair[0].device)
+
+        # Metrics are averaged key by key, so those that differ from what most report are refused.
+        shapes = [self._metrics_shape(content) for _, content in matched]
+        usual = Counter(shape for shape in shapes if shape).most_common(1)
+        valid = []
+        for pair, shape in zip(matched, shapes, strict=True):
+            if shape and shape == usual[0][0]:
+                valid.append(pair)
+            else:
+                log(
+                    WARNING,
+                    "Reply of device %s is refused: expected one MetricRecord with a positive '%s' "
+                    "and the same metrics as the other devices.",
+                    pair[0].device,
+                    self.weighted_by_key,
+                )
+                counts["refused"] += 1
+        return valid, counts
+
+    def _metrics_shape(self, content: RecordDict) -> frozenset[tuple[str, int]] | None:
+        """Keys and lengths of a reply's metrics; None if they can't weigh it."""
+        if len(content.metric_records) != 1:
+            return None
+        metrics = next(iter(content.metric_records.values()))
+        weight = metrics.get(self.weighted_by_key)
+        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+            return None
+        return frozenset(
+            (key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items()
+        )

@@ -1,0 +1,46 @@
+"""Which blocks can be cut, and where: one file a family, one registration a block type.
+
+A family is a function from a block to its splits. To add your own block::
+
+    @register(MyBlock)
+    def split_my_block(block: MyBlock) -> list[Split]:
+        return [split_between(block, into=["conv1", "bn1"], out_of="conv2")]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from eclm_flower.modular.split import Split
+
+Block = TypeVar("Block", bound=nn.Module)
+_families: dict[type[nn.Module], Callable[[nn.Module], list[Split]]] = {}
+
+
+def register(
+    block_type: type[Block],
+) -> Callable[[Callable[[Block], list[Split]]], Callable[[Block], list[Split]]]:
+    """Register the decorated function as the one that splits blocks of `block_type`."""
+
+    def decorate(split: Callable[[Block], list[Split]]) -> Callable[[Block], list[Split]]:
+        _families[block_type] = split  # type: ignore[assignment]
+        return split
+
+    return decorate
+
+
+def splits_of(block: nn.Module) -> list[Split]:
+    """Return the splits of one block: empty if its type is not registered or has no hidden units."""
+    family = _families.get(type(block))
+    return family(block) if family else []
+
+
+def registered() -> list[str]:
+    """Names of the block types that can be cut."""
+    return sorted(block_type.__name__ for block_type in _families)
+
+
+from eclm_flower.modular.families import mlp, resnet, slim_resnet  # noqa: E402, F401

@@ -1,0 +1,319 @@
+"""The modular cloud model and its sub-models (paper section 4; exact form, see `split`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eclm_flower.errors import ModularizationError
+from eclm_flower.modular.costs import CostTable, cost_of_network, measure_costs
+from eclm_flower.modular.families import registered, splits_of
+from eclm_flower.modular.selection import Selection, checked, whole
+from eclm_flower.modular.selector import ModuleSelector, build_selector, top_k_gates
+from eclm_flower.modular.split import ModuleLayer, match_sizes
+
+Gating = Literal["uniform", "selector"]
+
+
+class ModularModel(nn.Module):
+    """A model whose blocks are cut into modules, with a selector that scores them.
+
+    Its state is the state of the user's own model under ``body.`` and the selector's under
+    ``selector.``: nothing is renamed or reshaped. Build it with `modularize`.
+
+    Attributes
+    ----------
+    body : nn.Module
+        The user's model. In a sub-model, its blocks are as narrow as the modules held.
+    selector : ModuleSelector
+        Scores all N modules of every layer, whatever the model holds.
+    layers : dict[str, ModuleLayer]
+        The module layers of the WHOLE cloud model, by name.
+    selection : dict[str, tuple[int, ...]]
+        The modules this model holds; all of them in the cloud model.
+    gating : "uniform" or "selector"
+        ``"uniform"``: every module held has gate 1, the output is the body's. ``"selector"`` (the
+        paper's): each input weighs the modules held by the selector's top-k gates.
+    top_k : int or None
+        Modules an input uses in a layer under ``gating="selector"``; None: all that are held.
+    costs : CostTable
+        What each module and the shared part cost. Computed when first asked for.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        selector: ModuleSelector,
+        layers: Iterable[ModuleLayer],
+        example_input: Tensor,
+        *,
+        gating: Gating = "uniform",
+        top_k: int | None = None,
+        selection: Selection | None = None,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.selector = selector
+        self.layers = {layer.name: layer for layer in layers}
+        self.selection = checked(selection or whole(self.layers.values()), self.layers.values())
+        self.gating: Gating = gating
+        self.top_k = top_k
+        self.example_input = example_input
+        self._costs: CostTable | None = None
+
+    @property
+    def costs(self) -> CostTable:
+        """What each module and the shared part cost on a device."""
+        if self._costs is None:
+            costs = measure_costs(self.body, self.layers.values(), self.example_input)
+            if self.gating == "selector":  # then the selector travels with every sub-model
+                costs = replace(costs, shared=costs.shared + cost_of_network(self.selector))
+            self._costs = costs
+        return self._costs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs ``[B, ...]`` to the body's outputs, gated as `gating` says."""
+        if self.gating == "uniform":
+            return cast(Tensor, self.body(x))
+        return self.forward_gated(x, self.gates(self.selector(x)))
+
+    def gates(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn the selector's logits ``[B, N]`` into gates ``[B, m]`` of the modules held.
+
+        Gates are scaled to a mean of 1 over the modules used, so that equal scores give gate 1 and
+        the model computes what it computed before it was cut.
+        """
+        result = {}
+        for name, held in self.selection.items():
+            gates = top_k_gates(logits[name][:, list(held)], self.top_k)
+            result[name] = gates * min(self.top_k or len(held), len(held))
+        return result
+
+    def forward_gated(self, x: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
+        """Compute ``f(x) = sum_i g(x)_i f_i(x)`` in every layer (paper section 4.1).
+
+        Parameters
+        ----------
+        x : Tensor
+            Inputs ``[B, ...]``.
+        gates : dict[str, Tensor]
+            Layer name -> gates ``[B, m]`` (or ``[1, m]``, equal for all inputs) of the modules
+            held. Layers left out have gates of 1.
+        """
+        with self._scaled(gates):
+            return cast(Tensor, self.body(x))
+
+    @contextmanager
+    def _scaled(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, layer_gates in gates.items():
+                layer = self.layers[name]
+
+                def scale(
+                    _: nn.Module,
+                    inputs: tuple[Tensor, ...],
+                    layer: ModuleLayer = layer,
+                    layer_gates: Tensor = layer_gates,
+                ) -> tuple[Tensor, ...]:
+                    return (inputs[0] * layer.spread(layer_gates, inputs[0].ndim), *inputs[1:])
+
+                mixer = self.body.get_submodule(layer.mixer)
+                stack.callback(mixer.register_forward_pre_hook(scale).remove)
+            yield
+
+    @torch.no_grad()
+    def importance(self, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> dict[str, np.ndarray]:
+        """Score the modules for some data: the mean gate over its samples (paper section 5.1).
+
+        Parameters
+        ----------
+        batches : iterable of Tensor or tuple
+            Inputs ``[B, ...]``, or tuples that start with them (a DataLoader).
+
+        Returns
+        -------
+        dict[str, np.ndarray]
+            Layer name -> float64 ``[N]``, sums to 1.
+        """
+        total: dict[str, Tensor] = {}
+        samples = 0
+        for batch in batches:
+            x = batch if isinstance(batch, Tensor) else batch[0]
+            for name, logits in self.selector(x).items():
+                gates = top_k_gates(logits).double().sum(dim=0)
+                total[name] = total[name] + gates if name in total else gates
+            samples += len(x)
+        if samples == 0:
+            raise ValueError("Expected at least one sample to compute importance from, got none.")
+        return {name: (gates / samples).cpu().numpy() for name, gates in total.items()}
+
+    def narrowed_state(self, selection: Selection) -> dict[str, Tensor]:
+        """Cut a sub-model's tensors out of the body's, keyed as in the body.
+
+        Gradients flow back to the body, so a sub-model can be trained in place with
+        ``torch.func.functional_call(model.body, model.narrowed_state(selection), (x,))``.
+        """
+        state = {**dict(self.body.named_parameters()), **dict(self.body.named_buffers())}
+        for layer in self.layers.values():
+            if len(selection[layer.name]) < layer.modules:
+                for key in layer.axes:
+                    state[key] = layer.take(key, state[key], selection[layer.name])
+        return state
+
+    def sub_model(self, selection: Selection) -> nn.Module:
+        """Build the sub-model of a selection, with tensors of its own.
+
+        Parameters
+        ----------
+        selection : dict[str, sequence of int]
+            Layer name -> module numbers.
+
+        Returns
+        -------
+        nn.Module
+            A plain module of the body's type with narrower blocks; under ``gating="selector"`` a
+            `ModularModel` around it, because its gates need the selector.
+
+        Raises
+        ------
+        SelectionError
+            The selection names what does not exist or leaves a layer empty.
+        """
+        selection = checked(selection, self.layers.values())
+        with torch.no_grad():
+            narrowed = self.narrowed_state(selection)
+        own = [key for layer in self.layers.values() for key in layer.axes]
+        memo = {}  # tensors that will be replaced are not copied first
+        for key in own:
+            owner, _, name = key.rpartition(".")
+            tensor = getattr(self.body.get_submodule(owner), name)
+            memo[id(tensor)] = tensor
+        body = copy.deepcopy(self.body, memo)
+        for key in own:
+            owner, _, name = key.rpartition(".")
+            module = body.get_submodule(owner)
+            old = getattr(module, name)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(narrowed[key].detach().clone(), requires_grad=old.requires_grad)
+                setattr(module, name, new)
+            else:
+                setattr(module, name, narrowed[key].detach().clone())
+            match_sizes(module)
+        if self.gating == "uniform":
+            return body
+        return ModularModel(
+            body,
+            copy.deepcopy(self.selector),
+            self.layers.values(),
+            self.example_input,
+            gating=self.gating,
+            top_k=self.top_k,
+            selection=selection,
+        )
+
+    @torch.no_grad()
+    def regroup(self, layer_name: str, order: Tensor) -> None:
+        """Reorder a block's hidden units, and so choose which share a module; outputs are unchanged.
+
+        Parameters
+        ----------
+        layer_name : str
+            The module layer.
+        order : Tensor
+            int64 ``[H]``, a permutation: the new unit j is the old unit ``order[j]``; module i holds
+            the new units i * h to (i + 1) * h - 1.
+        """
+        layer = self.layers[layer_name]
+        if sorted(order.tolist()) != list(range(layer.units)):
+            raise ValueError(f"Expected a permutation of {layer.units} hidden units.")
+        state = self.body.state_dict()  # shares storage with the model
+        for key, axis in layer.axes.items():
+            state[key].copy_(state[key].index_select(axis, order.to(state[key].device)))
+
+
+def modularize(
+    model: nn.Module,
+    *,
+    modules_per_layer: int = 16,
+    example_input: Tensor,
+    selector_share: float = 0.02,
+    gating: Gating = "uniform",
+    top_k: int | None = None,
+) -> ModularModel:
+    """Cut a model into modules without changing what it computes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The cloud model, trained or not. It becomes the `body` of the result, not a copy.
+    modules_per_layer : int (default: 16)
+        Modules N a block is cut into (paper: 16 for ResNet18 and the MLP). Must divide the hidden
+        width of every block.
+    example_input : Tensor
+        One input, ``[1, ...]``; only its shape and dtype matter.
+    selector_share : float (default: 0.02)
+        Most bytes the selector may take, as a share of the model's.
+    gating : {"uniform", "selector"}, default "uniform"
+        How a sub-model weighs the modules it holds; see `ModularModel`. The paper's is "selector";
+        in our trials the gates of a small selector cost a good model more than they gave.
+    top_k : int, optional
+        Modules an input uses in a layer under ``gating="selector"``. Paper: not stated.
+
+    Raises
+    ------
+    ModularizationError
+        No block of a known family was found, or a hidden width can't be cut as asked.
+    """
+    if example_input.ndim < 2 or len(example_input) != 1:
+        raise ModularizationError(
+            f"Expected example_input of one sample, [1, ...], got shape {list(example_input.shape)}."
+        )
+    if modules_per_layer < 1:
+        raise ModularizationError(f"Expected modules_per_layer >= 1, got {modules_per_layer}.")
+    if top_k is not None and not 1 <= top_k <= modules_per_layer:
+        raise ModularizationError(
+            f"Expected top_k from 1 to modules_per_layer = {modules_per_layer}, got {top_k}."
+        )
+    layers = list(_module_layers(model, modules_per_layer))
+    if not layers:
+        raise ModularizationError(
+            f"Found no block to cut in {type(model).__name__}. Known blocks: {registered()}; "
+            "register yours with eclm_flower.modular.families.register."
+        )
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    selector = build_selector(example_input, layers, model_bytes=model_bytes, share=selector_share)
+    return ModularModel(
+        model, selector.to(example_input.device), layers, example_input, gating=gating, top_k=top_k
+    )
+
+
+def _module_layers(model: nn.Module, modules: int) -> Iterator[ModuleLayer]:
+    for path, block in model.named_modules():
+        splits = splits_of(block)
+        prefix = f"{path}." if path else ""
+        for number, split in enumerate(splits):
+            if len(splits) == 1 and path:
+                name = path
+            else:
+                name = f"{prefix}{number}"
+            if split.units % modules:
+                fitting = [n for n in range(1, split.units + 1) if split.units % n == 0]
+                raise ModularizationError(
+                    f"The {split.units} hidden units of '{name}' can't be cut into {modules} equal "
+                    f"modules; choose modules_per_layer from {fitting}."
+                )
+            yield ModuleLayer(
+                name=name,
+                modules=modules,
+                units=split.units,
+                axes={f"{prefix}{key}": axis for key, axis in split.axes.items()},
+                mixer=f"{prefix}{split.mixer}",
+                channel_axis=split.channel_axis,
+            )

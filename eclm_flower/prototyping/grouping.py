@@ -1,0 +1,116 @@
+"""Which hidden units share a module: the core first, the rest grouped by what they respond to.
+
+The paper's modules start from scratch and specialise by training. Ours start from the units of a
+trained model, so units that respond to the same sub-tasks are put together; reordering units is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from torch import Tensor, nn
+
+from eclm_flower.modular.model import ModularModel
+
+
+@torch.no_grad()
+def unit_responses(
+    model: ModularModel, batches: Iterable[tuple[Tensor, Tensor]], sub_tasks: int
+) -> dict[str, np.ndarray]:
+    """Measure how much each hidden unit contributes on each sub-task.
+
+    Parameters
+    ----------
+    model : ModularModel
+        The whole cloud model.
+    batches : iterable of (Tensor, Tensor)
+        Inputs ``[B, ...]`` and sub-task numbers ``[B]``.
+    sub_tasks : int
+        Number of sub-tasks T.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        Layer name -> float64 ``[T, H]``: mean magnitude of the unit's activation times the norm of
+        its outgoing weights.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for layer in model.layers.values():
+
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], name: str = layer.name) -> None:
+            hidden = inputs[0].abs()
+            units = model.layers[name].channel_axis % hidden.ndim
+            others = [axis for axis in range(1, hidden.ndim) if axis != units]
+            seen[name] = hidden.mean(dim=others) if others else hidden
+
+        handles.append(model.body.get_submodule(layer.mixer).register_forward_pre_hook(record))
+    total = {
+        layer.name: torch.zeros(sub_tasks, layer.units, dtype=torch.float64)
+        for layer in model.layers.values()
+    }
+    samples = torch.zeros(sub_tasks, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        for x, tasks in batches:
+            model.body(x)
+            tasks = tasks.cpu()
+            samples += torch.bincount(tasks, minlength=sub_tasks)
+            for name, hidden in seen.items():
+                total[name].index_add_(0, tasks, hidden.cpu().double())
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+    result = {}
+    for name, layer in model.layers.items():
+        mixer = model.body.get_submodule(layer.mixer)
+        weight = mixer.get_parameter("weight").detach().cpu().double()
+        outgoing = weight.transpose(0, 1).flatten(1).norm(dim=1)  # [H]
+        result[name] = (total[name] / samples.clamp(min=1)[:, None] * outgoing).numpy()
+    return result
+
+
+def order_units(
+    responses: np.ndarray, *, modules: int, core: int, rng: np.random.Generator
+) -> Tensor:
+    """Order hidden units into modules of equal size.
+
+    Parameters
+    ----------
+    responses : np.ndarray
+        ``[T, H]`` from `unit_responses`.
+    modules : int
+        Number of modules N; divides H.
+    core : int
+        The first `core` modules take the units that contribute most on average; the other units
+        are clustered by the shape of their response over sub-tasks, in clusters of equal size.
+    rng : np.random.Generator
+        Starts the clustering.
+
+    Returns
+    -------
+    Tensor
+        int64 ``[H]``, a permutation for `ModularModel.regroup`.
+    """
+    units = responses.shape[1]
+    size = units // modules
+    by_contribution = np.argsort(-responses.mean(axis=0), kind="stable")
+    order = list(by_contribution[: core * size])
+    rest = by_contribution[core * size :]
+    clusters = modules - core
+    if clusters > 1:
+        profile = responses[:, rest].T  # [units, T]
+        profile = profile / np.maximum(profile.sum(axis=1, keepdims=True), 1e-12)
+        centres, _ = kmeans2(profile, clusters, minit="++", rng=rng)
+        # Equal sizes: every centre offers `size` places, and units are matched to places.
+        _, place = linear_sum_assignment(np.repeat(cdist(profile, centres), size, axis=1))
+        rest = rest[np.argsort(place // size, kind="stable")]
+    return torch.tensor([*order, *rest], dtype=torch.int64)

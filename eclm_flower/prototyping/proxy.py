@@ -1,0 +1,91 @@
+"""The cloud's proxy data: samples, their sub-tasks, and the batches the stages draw from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from eclm_flower.errors import PrototypingError
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""Augment a batch of inputs ``[B, ...]``."""
+
+
+class ProxyData:
+    """Proxy data with a sub-task for every sample.
+
+    Parameters
+    ----------
+    data : Dataset
+        Map-style; yields ``(x, y, ...)``.
+    sub_tasks : sequence of int or Tensor
+        ``[len(data)]``, numbered from 0. Under label skew, the label (or group of labels that occur
+        together on a device); under feature skew, the environment.
+    augment : callable, optional
+        Applied to whole training batches.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        sub_tasks: Sequence[int] | Tensor,
+        augment: Augment | None = None,
+    ) -> None:
+        self.data = data
+        self.sub_tasks = torch.as_tensor(sub_tasks, dtype=torch.int64)
+        self.augment = augment
+        samples = len(data)  # type: ignore[arg-type]
+        if samples == 0 or self.sub_tasks.shape != (samples,):
+            raise PrototypingError(
+                f"Expected one sub-task for each of {samples} proxy samples, got "
+                f"{list(self.sub_tasks.shape)}."
+            )
+        counts = torch.bincount(self.sub_tasks) if int(self.sub_tasks.min()) >= 0 else None
+        if counts is None or int(counts.min()) == 0:
+            raise PrototypingError(
+                "Expected sub-tasks numbered from 0 without gaps, got "
+                f"{sorted(set(self.sub_tasks.tolist()))[:20]}."
+            )
+        self.num_sub_tasks = len(counts)
+        self._rows = [torch.nonzero(self.sub_tasks == t).flatten() for t in range(len(counts))]
+
+    def __len__(self) -> int:
+        return len(self.sub_tasks)
+
+    def batches(self, row_batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the samples of each list of rows as ``(x, y, sub_task)``."""
+        loader: DataLoader[Any] = DataLoader(self.data, batch_sampler=row_batches)
+        for rows, batch in zip(row_batches, loader, strict=True):
+            yield batch[0], batch[1], self.sub_tasks[list(rows)]
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield all samples once, in their order, as they are."""
+        rows = list(range(len(self)))
+        return self.batches([rows[i : i + batch_size] for i in range(0, len(rows), batch_size)])
+
+    def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+        """Yield all samples once, shuffled and augmented."""
+        order = torch.randperm(len(self), generator=generator).tolist()
+        rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for x, y, tasks in self.batches(rows):
+            yield self.augmented(x, generator), y, tasks
+
+    def augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch, if an augmentation was given."""
+        return self.augment(x, generator) if self.augment else x
+
+    def device_rows(
+        self, sub_tasks: Sequence[int], samples: int, rng: np.random.Generator
+    ) -> list[int]:
+        """Draw the rows a simulated device with these sub-tasks holds, equally from each."""
+        share = np.array_split(np.arange(samples), len(sub_tasks))
+        rows: list[int] = []
+        for task, part in zip(sub_tasks, share, strict=True):
+            pool = self._rows[task]
+            rows += pool[rng.integers(len(pool), size=len(part))].tolist()
+        return rows

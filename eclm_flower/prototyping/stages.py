@@ -1,0 +1,257 @@
+"""The training stages of the offline stage (paper section 4); `prototype` puts them in order.
+
+Each stage is a generator: it yields its mean loss after every epoch, so that whoever runs it can
+show progress, and works in place on the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from eclm_flower.adaptation.derivation import derive
+from eclm_flower.adaptation.profile import Budget
+from eclm_flower.modular.model import ModularModel
+from eclm_flower.modular.selector import top_k_gates
+from eclm_flower.prototyping.config import PrototypingConfig
+from eclm_flower.prototyping.gating_noise import balance_loss, noisy
+from eclm_flower.prototyping.proxy import ProxyData
+
+Stage = Iterator[float]
+
+
+class _Descent:
+    """SGD with Nesterov momentum, clipped gradients, warm-up and cosine decay."""
+
+    def __init__(
+        self, network: nn.Module, config: PrototypingConfig, learning_rate: float, steps: int
+    ) -> None:
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.clip_norm = config.clip_norm
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=config.weight_decay,
+        )
+        warm_up = max(1, steps // 10)
+
+        def rate(step: int) -> float:
+            if step < warm_up:
+                return (step + 1) / warm_up
+            return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+
+    def step(self, loss: Tensor) -> float:
+        """Descend one step along the gradient of the loss."""
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+
+def train_whole(
+    model: ModularModel, data: ProxyData, config: PrototypingConfig, generator: torch.Generator
+) -> Stage:
+    """Train the whole model, all gates 1: what a team does before it hears of ECLM."""
+    model.train()
+    steps = config.epochs * math.ceil(len(data) / config.batch_size)
+    descent = _Descent(model.body, config, config.learning_rate, steps)
+    for _ in range(config.epochs):
+        losses = [
+            descent.step(F.cross_entropy(model.body(x), y))
+            for x, y, _ in data.shuffled(config.batch_size, generator)
+        ]
+        yield float(np.mean(losses))
+
+
+def train_end_to_end(
+    model: ModularModel, data: ProxyData, config: PrototypingConfig, generator: torch.Generator
+) -> Stage:
+    """Train modules and selector together: cross-entropy + lambda * load balance (section 4.2)."""
+    model.train()
+    steps = config.epochs * math.ceil(len(data) / config.batch_size)
+    descent = _Descent(model, config, config.learning_rate, steps)
+    done = 0
+    for _ in range(config.epochs):
+        losses = []
+        for x, y, _ in data.shuffled(config.batch_size, generator):
+            noise = config.gate_noise * (1 - done / steps)
+            clean = model.selector(x)
+            noised = {name: noisy(logits, noise, generator) for name, logits in clean.items()}
+            loss = F.cross_entropy(model.forward_gated(x, model.gates(noised)), y)
+            for name, layer in model.layers.items():
+                top_k = model.top_k or layer.modules
+                gates = top_k_gates(noised[name], model.top_k)
+                balance = balance_loss(clean[name], noised[name], gates, top_k, noise)
+                loss = loss + config.balance_weight * balance
+            losses.append(descent.step(loss))
+            done += 1
+        yield float(np.mean(losses))
+
+
+def enhance_abilities(
+    model: ModularModel,
+    data: ProxyData,
+    targets: dict[str, Tensor],
+    config: PrototypingConfig,
+    generator: torch.Generator,
+) -> Stage:
+    """Fine-tune modules and selector: cross-entropy + lambda * KL(P || g) (section 4.3)."""
+    model.train()
+    steps = config.enhancing_epochs * math.ceil(len(data) / config.batch_size)
+    descent = _Descent(model, config, config.enhancing_learning_rate, steps)
+    for _ in range(config.enhancing_epochs):
+        losses = []
+        for x, y, tasks in data.shuffled(config.batch_size, generator):
+            logits = model.selector(x)
+            loss = F.cross_entropy(model.forward_gated(x, model.gates(logits)), y)
+            loss = loss + config.kl_weight * _distance_to_targets(logits, targets, tasks)
+            losses.append(descent.step(loss))
+        yield float(np.mean(losses))
+
+
+def train_selector(
+    model: ModularModel,
+    data: ProxyData,
+    targets: dict[str, Tensor],
+    config: PrototypingConfig,
+    generator: torch.Generator,
+) -> Stage:
+    """Teach the selector alone which modules each sub-task should use: KL(P || g)."""
+    optimizer = torch.optim.Adam(model.selector.parameters(), lr=config.selector_learning_rate)
+    for _ in range(config.selector_epochs):
+        losses = []
+        for x, _, tasks in data.shuffled(config.batch_size, generator):
+            loss = _distance_to_targets(model.selector(x), targets, tasks)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        yield float(np.mean(losses))
+
+
+def _distance_to_targets(
+    logits: dict[str, Tensor], targets: dict[str, Tensor], tasks: Tensor
+) -> Tensor:
+    """Mean over layers and samples of KL(P[sub-task] || gates). KL(g || P) is infinite where P = 0."""
+    distances = [
+        F.kl_div(
+            F.log_softmax(layer_logits, dim=1),
+            targets[name][tasks].to(layer_logits.dtype),
+            reduction="batchmean",
+        )
+        for name, layer_logits in logits.items()
+    ]
+    return torch.stack(distances).mean()
+
+
+def train_as_deployed(
+    model: ModularModel,
+    data: ProxyData,
+    importance: dict[str, np.ndarray],
+    config: PrototypingConfig,
+    generator: torch.Generator,
+) -> Stage:
+    """Train sub-models the way devices will hold them (not in the paper).
+
+    In every step a few simulated devices draw sub-tasks and a budget, get the sub-model that
+    `derive` would send them, and train it on samples of their sub-tasks; the whole model's soft
+    labels help. Batch norm statistics are frozen, as on devices.
+
+    Parameters
+    ----------
+    importance : dict[str, np.ndarray]
+        Layer name -> ``[T, N]``: the selector's mean gates on each sub-task.
+    """
+    rng = np.random.default_rng(config.seed)
+    whole_logits = _logits(model, data, config) if config.distillation else None
+
+    @lru_cache(maxsize=4096)
+    def selection(sub_tasks: tuple[int, ...], share: float) -> dict[str, tuple[int, ...]]:
+        own = {name: rows[list(sub_tasks)].mean(axis=0) for name, rows in importance.items()}
+        least = max(1 / layer.modules for layer in model.layers.values())
+        shares = dict.fromkeys(("communication_bytes", "computation_flops"), max(share, least))
+        return derive(own, model.costs, Budget.share_of(model.costs, **shares))
+
+    def loss_of(rows: Sequence[int], sub_tasks: tuple[int, ...], share: float) -> Tensor:
+        (x, y, _), *_ = data.batches([rows])
+        state = model.narrowed_state(selection(sub_tasks, share))
+        logits = functional_call(model.body, state, (data.augmented(x, generator),))
+        loss = F.cross_entropy(logits, y)
+        if whole_logits is not None:
+            t = config.temperature
+            soft = F.softmax(whole_logits[list(rows)] / t, dim=1)
+            distilled = F.kl_div(F.log_softmax(logits / t, dim=1), soft, reduction="batchmean")
+            loss = (1 - config.distillation) * loss + config.distillation * t * t * distilled
+        return loss
+
+    model.train()
+    for layer in model.body.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+    steps_per_epoch = math.ceil(len(data) / (config.devices_per_step * config.samples_per_device))
+    descent = _Descent(
+        model.body,
+        config,
+        config.enhancing_learning_rate,
+        config.enhancing_epochs * steps_per_epoch,
+    )
+    least, most = (min(number, data.num_sub_tasks) for number in config.sub_tasks_per_device)
+    turn = 0
+    for _ in range(config.enhancing_epochs):
+        losses = []
+        for _ in range(steps_per_epoch):
+            device_losses = []
+            for _ in range(config.devices_per_step):
+                number = int(rng.integers(least, most + 1))
+                tasks = np.sort(rng.choice(data.num_sub_tasks, number, replace=False)).tolist()
+                rows = data.device_rows(tasks, config.samples_per_device, rng)
+                share = config.budget_shares[turn % len(config.budget_shares)]
+                device_losses.append(loss_of(rows, tuple(tasks), share))
+                turn += 1
+            losses.append(descent.step(torch.stack(device_losses).mean()))
+        yield float(np.mean(losses))
+
+
+@torch.no_grad()
+def _logits(model: ModularModel, data: ProxyData, config: PrototypingConfig) -> Tensor:
+    model.eval()
+    return torch.cat([model.body(x) for x, *_ in data.in_order(4 * config.batch_size)])
+
+
+@torch.no_grad()
+def mean_gates(
+    selector: Callable[[Tensor], dict[str, Tensor]],
+    data: ProxyData,
+    *,
+    top_k: int | None = None,
+    batch_size: int = 256,
+) -> dict[str, np.ndarray]:
+    """Average the selector's gates over each sub-task: the load matrix H (paper section 4.3).
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        Layer name -> float64 ``[T, N]``.
+    """
+    total: dict[str, Tensor] = {}
+    for x, _, tasks in data.in_order(batch_size):
+        for name, logits in selector(x).items():
+            gates = top_k_gates(logits, top_k).double()
+            if name not in total:
+                total[name] = torch.zeros(data.num_sub_tasks, gates.shape[1], dtype=torch.float64)
+            total[name].index_add_(0, tasks, gates)
+    samples = torch.bincount(data.sub_tasks, minlength=data.num_sub_tasks)[:, None]
+    return {name: (gates / samples).numpy() for name, gates in total.items()}
