@@ -1,7 +1,7 @@
 """Putting returned sub-models back into the cloud model, module by module (paper section 5.4).
 
-``w_i <- sum over k in U_i of a_ik * w_ik``, with a_ik normalised over the set U_i of sub-models that
-hold module i. Declared rules for what the paper leaves open:
+``w_i <- sum over k in U_i of a_ik * w_ik``, with a_ik normalised over the set U_i of sub-models
+that hold module i. Declared rules for what the paper leaves open:
 
 - a module that nobody returned stays as it is, bit for bit;
 - the shared part is the mean over all returned sub-models, weighted by their number of examples;

@@ -10,7 +10,7 @@ import copy
 import traceback
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -29,8 +29,8 @@ class InProcessGrid(Grid):
     client_app : ClientApp
         What every node runs.
     num_supernodes : int
-        Number of nodes. Node i has ``node_config = {"partition-id": i, "num-partitions": n}``, as in
-        Flower's own simulations.
+        Number of nodes. Node i has ``node_config = {"partition-id": i, "num-partitions": n}``, as
+        in Flower's own simulations.
     run_config : dict, optional
         Every node's ``context.run_config``.
     node_config : dict[int, dict], optional
@@ -120,7 +120,7 @@ def _copied(message: Message) -> Message:
             content[key] = ArrayRecord(dict(record))
         else:
             content[key] = copy.deepcopy(record)
-    return Message(content, metadata=message.metadata)  # type: ignore[call-overload]
+    return Message(content, metadata=message.metadata)  # type: ignore[call-overload,no-any-return]
 
 
 def run_in_process(
@@ -143,7 +143,7 @@ def run_in_process(
         node_id=0,
         node_config={},
         state=RecordDict(),
-        run_config=dict(cast(Mapping[str, Any], run_config or {})),
+        run_config=dict(run_config or {}),
     )
     server_app(grid, context)
     return context

@@ -11,8 +11,8 @@ train       the sub-model's arrays; config: the      the same arrays; metrics
 evaluate    as train                                 metrics
 ==========  =======================================  ==========================================
 
-Arrays are keyed as in the modular model's state (``body.<key>``, ``selector.<key>``). Everything the
-plugin adds to the user's one config record starts with ``eclm.``; a second record would break
+Arrays are keyed as in the modular model's state (``body.<key>``, ``selector.<key>``). Everything
+the plugin adds to the user's one config record starts with ``eclm.``; a second record would break
 Flower's own client mods. Integer buffers never travel: devices have them from their own copy.
 """
 

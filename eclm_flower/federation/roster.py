@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -21,6 +21,7 @@ from eclm_flower.errors import ReplyError
 from eclm_flower.federation.messages import profile_from_content
 from eclm_flower.modular.costs import CostTable
 
+TRAIN, EVALUATE = 0, 1  #: purposes of a draw
 _POLL_SECONDS = 0.1
 
 
@@ -31,6 +32,8 @@ class Roster:
     ----------
     seed : int
         Of the draws.
+    query_config : ConfigRecord, optional
+        Sent with the question who a new node is.
 
     Attributes
     ----------
@@ -38,8 +41,9 @@ class Roster:
         Device number -> node id of the devices connected at the last `refresh`.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, query_config: ConfigRecord | None = None) -> None:
         self.seed = seed
+        self.query_config = query_config or ConfigRecord()
         self.node_ids: dict[int, int] = {}
 
     def refresh(self, grid: Grid, *, at_least: int, timeout: float) -> None:
@@ -73,7 +77,8 @@ class Roster:
             time.sleep(_POLL_SECONDS)
         self.node_ids = {d: node for d, node in self.node_ids.items() if node in connected}
         new = sorted(connected - set(self.node_ids.values()))
-        answers = ask(grid, new, lambda _: RecordDict(), timeout=timeout)
+        who = RecordDict({"config": self.query_config})
+        answers = ask(grid, new, lambda _: who, timeout=timeout)
         for node_id, answer in answers.items():
             if answer.device in self.node_ids:
                 log(
@@ -144,5 +149,5 @@ def ask(
 
 def last_line(reply: Message) -> str:
     """Return what an error reply says, without the traceback before it."""
-    lines = reply.error.reason.strip().splitlines()
+    lines = (reply.error.reason or "").strip().splitlines()
     return lines[-1] if lines else f"error {reply.error.code}"

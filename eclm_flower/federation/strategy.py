@@ -1,4 +1,4 @@
-"""ECLM as a Flower strategy: derive a sub-model per device, merge what returns (paper section 5)."""
+"""ECLM as a Flower strategy: derive a sub-model per device, merge what returns (section 5)."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ from eclm_flower.federation.messages import (
     to_array,
     to_tensors,
 )
-from eclm_flower.federation.roster import Roster, ask, last_line
+from eclm_flower.federation.roster import EVALUATE, TRAIN, Roster, ask, last_line
 from eclm_flower.modular.batch_norm import BatchNormPolicy
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection, count
-
-_TRAIN, _EVALUATE = 0, 1  # purposes of a draw
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,8 @@ class ECLM(FedAvg):
     importance_every : int, optional
         Ask a device for its importance again after this many rounds, at the price of the
         selector's bytes; None (default) asks once. The budget is asked in every round.
+    query_config : ConfigRecord, optional
+        Sent with every query, as Flower's ``train_config`` is with every training request.
     **fedavg
         Every parameter of Flower's `FedAvg`: fractions and minimum numbers of nodes, record keys,
         aggregation of metrics.
@@ -96,6 +96,7 @@ class ECLM(FedAvg):
         weighting: Weighting = "importance-examples",
         batch_norm: BatchNormPolicy = "frozen",
         importance_every: int | None = None,
+        query_config: ConfigRecord | None = None,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
@@ -105,7 +106,8 @@ class ECLM(FedAvg):
         self.weighting = weighting
         self.batch_norm = batch_norm
         self.importance_every = importance_every
-        self.roster = Roster(seed)
+        self.query_config = query_config or ConfigRecord()
+        self.roster = Roster(seed, self.query_config)
         self.profiles: dict[int, DeviceProfile] = {}
         self.selections: dict[int, Selection] = {}
         self._timeout = 3600.0
@@ -181,7 +183,7 @@ class ECLM(FedAvg):
             arrays,
             config,
             grid,
-            purpose=_TRAIN,
+            purpose=TRAIN,
             fraction=self.fraction_train,
             at_least=self.min_train_nodes,
         )
@@ -197,7 +199,7 @@ class ECLM(FedAvg):
             arrays,
             config,
             grid,
-            purpose=_EVALUATE,
+            purpose=EVALUATE,
             fraction=self.fraction_evaluate,
             at_least=self.min_evaluate_nodes,
         )
@@ -224,7 +226,7 @@ class ECLM(FedAvg):
         config["server-round"] = server_round
         messages = []
         self._requests = []
-        message_type = MessageType.TRAIN if purpose == _TRAIN else MessageType.EVALUATE
+        message_type = MessageType.TRAIN if purpose == TRAIN else MessageType.EVALUATE
         for device in devices:
             profile = self.profiles.get(device)
             if profile is None or self._budget_round[device] != server_round:
@@ -291,8 +293,10 @@ class ECLM(FedAvg):
         device_at = {self.roster.node_ids[device]: device for device in devices}
 
         def content(node_id: int) -> RecordDict:
-            wanted = device_at[node_id] in outdated
-            return RecordDict({self.arrayrecord_key: selector} if wanted else {})
+            question = RecordDict({self.configrecord_key: self.query_config})
+            if device_at[node_id] in outdated:
+                question[self.arrayrecord_key] = selector
+            return question
 
         to_ask = [
             self.roster.node_ids[device]
@@ -320,13 +324,12 @@ class ECLM(FedAvg):
             for key in layer.axes
         }
         gated = self.model.gating == "selector"
-        return ArrayRecord(
-            {
-                key: chosen.get(key, array)
-                for key, array in self._arrays.items()
-                if (gated or key.startswith(BODY)) and not array.dtype.startswith(("int", "uint"))
-            }
-        )
+        packed = ArrayRecord()
+        for key, array in self._arrays.items():
+            integers = array.dtype.startswith(("int", "uint"))
+            if (gated or key.startswith(BODY)) and not integers:
+                packed[key] = chosen.get(key, array)  # set one by one: the constructor copies
+        return packed
 
     # ----------------------------------------------------------------- merge
 
@@ -366,7 +369,7 @@ class ECLM(FedAvg):
 
     def _round_metrics(
         self, counts: Mapping[str, int], merged: int, updated: int
-    ) -> dict[str, int]:
+    ) -> dict[str, int | float | list[int] | list[float]]:
         log(
             INFO,
             "aggregate_train: %s asked, %s merged, %s refused, %s failed, %s silent; "
@@ -438,7 +441,7 @@ class ECLM(FedAvg):
                 counts["failed"] += 1
             else:
                 matched.append((request, message.content))
-        counts["silent"] = len(by_message)
+        counts["silent"] = len(self._requests) - len(matched) - counts["failed"]
         matched.sort(key=lambda pair: pair[0].device)
 
         # Metrics are averaged key by key, so those that differ from what most report are refused.

@@ -59,6 +59,7 @@ class ModularModel(nn.Module):
         selection: Selection | None = None,
     ) -> None:
         super().__init__()
+        self.training = body.training
         self.body = body
         self.selector = selector
         self.layers = {layer.name: layer for layer in layers}
@@ -220,15 +221,17 @@ class ModularModel(nn.Module):
 
     @torch.no_grad()
     def regroup(self, layer_name: str, order: Tensor) -> None:
-        """Reorder a block's hidden units, and so choose which share a module; outputs are unchanged.
+        """Reorder a block's hidden units, and so choose which share a module.
+
+        What the body computes doesn't change; the selector's scores stay with the module numbers.
 
         Parameters
         ----------
         layer_name : str
             The module layer.
         order : Tensor
-            int64 ``[H]``, a permutation: the new unit j is the old unit ``order[j]``; module i holds
-            the new units i * h to (i + 1) * h - 1.
+            int64 ``[H]``, a permutation: the new unit j is the old unit ``order[j]``; module i
+            holds the new units i * h to (i + 1) * h - 1.
         """
         layer = self.layers[layer_name]
         if sorted(order.tolist()) != list(range(layer.units)):
@@ -273,7 +276,7 @@ def modularize(
     """
     if example_input.ndim < 2 or len(example_input) != 1:
         raise ModularizationError(
-            f"Expected example_input of one sample, [1, ...], got shape {list(example_input.shape)}."
+            f"Expected example_input of one sample, [1, ...], got {list(example_input.shape)}."
         )
     if modules_per_layer < 1:
         raise ModularizationError(f"Expected modules_per_layer >= 1, got {modules_per_layer}.")
@@ -299,10 +302,7 @@ def _module_layers(model: nn.Module, modules: int) -> Iterator[ModuleLayer]:
         splits = splits_of(block)
         prefix = f"{path}." if path else ""
         for number, split in enumerate(splits):
-            if len(splits) == 1 and path:
-                name = path
-            else:
-                name = f"{prefix}{number}"
+            name = path if path and len(splits) == 1 else f"{prefix}{number}"
             if split.units % modules:
                 fitting = [n for n in range(1, split.units + 1) if split.units % n == 0]
                 raise ModularizationError(

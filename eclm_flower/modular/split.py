@@ -1,4 +1,4 @@
-"""Where a block's hidden units lie, and how a module is cut out of it (paper section 4, exact form).
+"""Where a block's hidden units lie, and how a module is cut out of it (section 4, exact form).
 
 A block of hidden width H is exactly the sum of N narrow blocks of width h = H / N as long as what
 stands between its two layers acts on each hidden unit alone. So a *module* is nothing but h hidden
@@ -57,6 +57,18 @@ def split_between(block: nn.Module, *, into: Sequence[str], out_of: str) -> Spli
     out_of : str
         Name of the linear or convolution that reads the hidden units.
     """
+    mixer = block.get_submodule(out_of)
+    if not isinstance(mixer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        raise ModularizationError(
+            f"Expected '{out_of}' to be a linear or convolution, got {type(mixer).__name__}."
+        )
+    units = mixer.weight.shape[1]
+    for name in (*into, out_of):
+        if getattr(block.get_submodule(name), "groups", 1) != 1:
+            raise ModularizationError(
+                f"'{name}' is a grouped convolution: it does not join all its inputs with all its "
+                "outputs. Register a split whose modules are its groups."
+            )
     axes: dict[str, int] = {}
     for name in into:
         layer = block.get_submodule(name)
@@ -67,20 +79,15 @@ def split_between(block: nn.Module, *, into: Sequence[str], out_of: str) -> Spli
             )
         for key, tensor in layer.state_dict().items():
             if tensor.ndim > 0:  # num_batches_tracked is a count of the whole layer
+                if len(tensor) != units:
+                    raise ModularizationError(
+                        f"Expected '{name}' to have a row for each of the {units} hidden units "
+                        f"that '{out_of}' reads, got {len(tensor)}."
+                    )
                 axes[f"{name}.{key}"] = 0
-    mixer = block.get_submodule(out_of)
-    if not isinstance(mixer, nn.Linear | nn.Conv1d | nn.Conv2d):
-        raise ModularizationError(
-            f"Expected '{out_of}' to be a linear or convolution, got {type(mixer).__name__}."
-        )
-    if getattr(mixer, "groups", 1) != 1:
-        raise ModularizationError(
-            f"'{out_of}' is a grouped convolution: it does not sum over all hidden units. Register "
-            "a split whose modules are its groups."
-        )
     axes[f"{out_of}.weight"] = 1
     return Split(
-        units=mixer.weight.shape[1],
+        units=units,
         axes=axes,
         mixer=out_of,
         channel_axis=-1 if isinstance(mixer, nn.Linear) else 1,
@@ -145,7 +152,7 @@ class ModuleLayer:
         It is a view: writing to it writes to `tensor`.
         """
         in_front = tensor.movedim(self.axes[key], 0)
-        return in_front.unflatten(0, (-1, self.units_per_module))
+        return in_front.view(-1, self.units_per_module, *in_front.shape[1:])
 
     def spread(self, gates: Tensor, ndim: int) -> Tensor:
         """Turn one gate a module, ``[B, m]``, into one a hidden unit, ready to multiply with.

@@ -1,8 +1,8 @@
 """Which modules specialise in which sub-task: the assignment program (paper section 4.3).
 
 ``max over M in {0,1} of sum(H * M)  s.t.  sum_t M_tn <= kappa1,  sum_n M_tn <= kappa2``, with H the
-load of each module on each sub-task, solved exactly by HiGHS. Core modules, which the paper does not
-have, are assigned to every sub-task first and are exempt from kappa1.
+load of each module on each sub-task, solved exactly by HiGHS. Core modules, which the paper does
+not have, are assigned to every sub-task first and are exempt from kappa1.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def assign(
     each_sub_task = kron(eye_array(sub_tasks), np.ones((1, free)))  # sums over n, for every t
     solution = milp(
         -load[:, core:].ravel(),
-        integrality=np.ones(sub_tasks * free),
+        integrality=np.ones(sub_tasks * free, dtype=int),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(each_module, -np.inf, sub_tasks_per_module),
@@ -106,21 +106,21 @@ def gate_targets(
         float64 ``[T, N]``, rows sum to 1.
     """
 
-    def normalised(rows: np.ndarray) -> np.ndarray:
-        total = rows.sum(axis=1, keepdims=True)
-        return np.where(total > 0, rows / np.where(total > 0, total, 1), 1 / rows.shape[1])
+    def normalised(rows: np.ndarray, among: np.ndarray) -> np.ndarray:
+        # Without any load there is nothing to go by: equal among all that may be chosen.
+        rows = np.where(rows.sum(axis=1, keepdims=True) > 0, rows, among)
+        result: np.ndarray = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1e-300)
+        return result
 
     chosen = load * assignment
     if core:
-        own = assignment[:, core:].any(axis=1, keepdims=True)
-        share = np.where(own, core_share, 1.0)  # a sub-task with core modules only gets them all
+        beyond = assignment[:, core:].any(axis=1, keepdims=True)
+        share = np.where(beyond, core_share, 1.0)  # a sub-task with core modules only gets them all
         chosen = np.hstack(
             [
                 np.broadcast_to(share / core, (len(load), core)),
-                (1 - share) * normalised(chosen[:, core:])
-                if load.shape[1] > core
-                else chosen[:, core:],
+                (1 - share) * normalised(chosen[:, core:], assignment[:, core:]),
             ]
         )
-    result: np.ndarray = (1 - smoothing) * normalised(chosen) + smoothing * normalised(load)
-    return result
+    own, everywhere = normalised(chosen, assignment), normalised(load, np.ones_like(load))
+    return (1 - smoothing) * own + smoothing * everywhere

@@ -35,10 +35,10 @@ class PrototypingConfig:
     weight_decay : float (default: 5e-4)
     clip_norm : float (default: 2.0)
         Gradients are clipped to this norm; pre-norm nets without warm statistics need it.
-    core_modules : int (default: 3)
-        Modules of each layer that every sub-task uses. Not in the paper (0); 3 of 16 is where our
-        25 % sub-models stopped gaining. Ignored by ``method="paper"``.
-    core_share : float (default: 0.6)
+    core_modules : int (default: 2)
+        Modules of each layer that every sub-task uses. Not in the paper (0). Fewer make small
+        sub-models fail, more leave no room to specialise. Ignored by ``method="paper"``.
+    core_share : float (default: 0.5)
         Share of the gate targets that the core gets: enough to rank it first for everyone.
     sub_tasks_per_module : int, optional
         kappa1 of the assignment program. Paper: not stated; None takes the least with which all
@@ -68,9 +68,9 @@ class PrototypingConfig:
         train with batches of 16).
     sub_tasks_per_device : tuple[int, int] (default: (1, 2))
         Least and most sub-tasks a simulated device sees: set it to what real devices see.
-    budget_shares : tuple[float, ...] (default: (0.25, 0.25, 0.5, 1.0))
-        Share of the modules that simulated devices can hold, taken in turn. Small ones twice:
-        most devices are small.
+    budget_shares : tuple[float, ...] (default: (0.125, 0.25, 0.5, 1.0))
+        Share of the modules that simulated devices can hold, taken in turn: set it to what real
+        devices can hold. A budget smaller than any of these will be served badly.
     distillation : float (default: 0.5)
         Weight of the whole model's soft labels while sub-models train (``method="deployed"``).
     temperature : float (default: 2.0)
@@ -84,8 +84,8 @@ class PrototypingConfig:
     learning_rate: float = 0.08
     weight_decay: float = 5e-4
     clip_norm: float = 2.0
-    core_modules: int = 3
-    core_share: float = 0.6
+    core_modules: int = 2
+    core_share: float = 0.5
     sub_tasks_per_module: int | None = None
     modules_per_sub_task: int = 6
     smoothing: float = 0.1
@@ -99,7 +99,7 @@ class PrototypingConfig:
     devices_per_step: int = 4
     samples_per_device: int = 16
     sub_tasks_per_device: tuple[int, int] = (1, 2)
-    budget_shares: tuple[float, ...] = (0.25, 0.25, 0.5, 1.0)
+    budget_shares: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     distillation: float = 0.5
     temperature: float = 2.0
 

@@ -1,11 +1,12 @@
 """Which hidden units share a module: the core first, the rest grouped by what they respond to.
 
 The paper's modules start from scratch and specialise by training. Ours start from the units of a
-trained model, so units that respond to the same sub-tasks are put together; reordering units is exact.
+trained model, so units that respond to the same sub-tasks are put together; reordering is exact.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -109,7 +110,9 @@ def order_units(
     if clusters > 1:
         profile = responses[:, rest].T  # [units, T]
         profile = profile / np.maximum(profile.sum(axis=1, keepdims=True), 1e-12)
-        centres, _ = kmeans2(profile, clusters, minit="++", rng=rng)
+        with np.errstate(invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fewer kinds of units than clusters: some stay empty
+            centres, _ = kmeans2(profile, clusters, minit="++", rng=rng)
         # Equal sizes: every centre offers `size` places, and units are matched to places.
         _, place = linear_sum_assignment(np.repeat(cdist(profile, centres), size, axis=1))
         rest = rest[np.argsort(place // size, kind="stable")]

@@ -52,14 +52,16 @@ class ProxyData:
                 f"{sorted(set(self.sub_tasks.tolist()))[:20]}."
             )
         self.num_sub_tasks = len(counts)
-        self._rows = [torch.nonzero(self.sub_tasks == t).flatten() for t in range(len(counts))]
+        self._rows = [np.flatnonzero(self.sub_tasks == task) for task in range(len(counts))]
 
     def __len__(self) -> int:
         return len(self.sub_tasks)
 
     def batches(self, row_batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
         """Yield the samples of each list of rows as ``(x, y, sub_task)``."""
-        loader: DataLoader[Any] = DataLoader(self.data, batch_sampler=row_batches)
+        loader: DataLoader[Any] = DataLoader(
+            self.data, batch_sampler=[list(rows) for rows in row_batches]
+        )
         for rows, batch in zip(row_batches, loader, strict=True):
             yield batch[0], batch[1], self.sub_tasks[list(rows)]
 
@@ -82,10 +84,6 @@ class ProxyData:
     def device_rows(
         self, sub_tasks: Sequence[int], samples: int, rng: np.random.Generator
     ) -> list[int]:
-        """Draw the rows a simulated device with these sub-tasks holds, equally from each."""
-        share = np.array_split(np.arange(samples), len(sub_tasks))
-        rows: list[int] = []
-        for task, part in zip(sub_tasks, share, strict=True):
-            pool = self._rows[task]
-            rows += pool[rng.integers(len(pool), size=len(part))].tolist()
-        return rows
+        """Draw the rows of a simulated device: as equally from each of its sub-tasks as it goes."""
+        tasks = np.resize(rng.permutation(sub_tasks), samples)
+        return [int(rng.choice(self._rows[task])) for task in tasks]

@@ -145,7 +145,7 @@ def train_selector(
 def _distance_to_targets(
     logits: dict[str, Tensor], targets: dict[str, Tensor], tasks: Tensor
 ) -> Tensor:
-    """Mean over layers and samples of KL(P[sub-task] || gates). KL(g || P) is infinite where P = 0."""
+    """Mean over layers and samples of KL(P[sub-task] || g); KL(g || P) is infinite where P = 0."""
     distances = [
         F.kl_div(
             F.log_softmax(layer_logits, dim=1),
@@ -168,7 +168,8 @@ def train_as_deployed(
 
     In every step a few simulated devices draw sub-tasks and a budget, get the sub-model that
     `derive` would send them, and train it on samples of their sub-tasks; the whole model's soft
-    labels help. Batch norm statistics are frozen, as on devices.
+    labels help. A budget share of 1 stands for the cloud itself: the whole model keeps training,
+    on all sub-tasks. Batch norm statistics are frozen, as on devices.
 
     Parameters
     ----------
@@ -190,7 +191,7 @@ def train_as_deployed(
         state = model.narrowed_state(selection(sub_tasks, share))
         logits = functional_call(model.body, state, (data.augmented(x, generator),))
         loss = F.cross_entropy(logits, y)
-        if whole_logits is not None:
+        if whole_logits is not None and share < 1:
             t = config.temperature
             soft = F.softmax(whole_logits[list(rows)] / t, dim=1)
             distilled = F.kl_div(F.log_softmax(logits / t, dim=1), soft, reduction="batchmean")
@@ -215,10 +216,10 @@ def train_as_deployed(
         for _ in range(steps_per_epoch):
             device_losses = []
             for _ in range(config.devices_per_step):
-                number = int(rng.integers(least, most + 1))
+                share = config.budget_shares[turn % len(config.budget_shares)]
+                number = int(rng.integers(least, most + 1)) if share < 1 else data.num_sub_tasks
                 tasks = np.sort(rng.choice(data.num_sub_tasks, number, replace=False)).tolist()
                 rows = data.device_rows(tasks, config.samples_per_device, rng)
-                share = config.budget_shares[turn % len(config.budget_shares)]
                 device_losses.append(loss_of(rows, tuple(tasks), share))
                 turn += 1
             losses.append(descent.step(torch.stack(device_losses).mean()))

@@ -33,7 +33,7 @@ def register(
 
 
 def splits_of(block: nn.Module) -> list[Split]:
-    """Return the splits of one block: empty if its type is not registered or has no hidden units."""
+    """Return the splits of one block; none if its type is not registered or has nothing to cut."""
     family = _families.get(type(block))
     return family(block) if family else []
 

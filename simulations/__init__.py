@@ -1,0 +1,1 @@
+"""Simulations of ECLM and its rivals: data sets, environments, fleets and the Flower app."""

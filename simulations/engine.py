@@ -1,0 +1,70 @@
+"""Running an experiment: on Flower's simulation engine (Ray), or in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+
+# Before Flower and Ray are imported: nothing is fetched or reported, and Ray leaves CUDA alone.
+for _name, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from flwr.serverapp import ServerApp  # noqa: E402
+from flwr.simulation import run_simulation  # noqa: E402
+
+from eclm_flower.federation import run_in_process  # noqa: E402
+from simulations.client_app import app as client_app  # noqa: E402
+from simulations.server_app import check_strategies, run_experiment  # noqa: E402
+from simulations.settings import Engine, Settings  # noqa: E402
+from simulations.world import world_of  # noqa: E402
+
+
+def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
+    """Run an experiment on an engine; what goes wrong is raised here.
+
+    Parameters
+    ----------
+    settings : Settings
+        The experiment.
+    engine : {"ray", "in-process"}
+        "ray" runs devices in parallel, one process a core; "in-process" one after the other.
+    verbose : bool (default: False)
+        Show Flower's own log.
+    """
+    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
+    check_strategies(settings)
+    for seed in settings.seeds:  # bad data or models are refused before an engine starts
+        world_of(settings, seed).budget(0)
+
+    server_app = ServerApp()
+    server_app.main()(lambda grid, _: run_experiment(grid, settings, engine=engine))
+    if engine == "in-process":
+        run_in_process(server_app, client_app, settings.devices)
+        return
+
+    ray_files = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets there
+    try:
+        run_simulation(
+            server_app,
+            client_app,
+            num_supernodes=settings.devices,
+            backend_config={
+                "init_args": {
+                    "_temp_dir": ray_files,
+                    "include_dashboard": False,
+                    "logging_level": "error",
+                    "log_to_driver": verbose,
+                },
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+            verbose_logging=False,
+        )
+    finally:
+        shutil.rmtree(ray_files, ignore_errors=True)

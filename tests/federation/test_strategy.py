@@ -1,0 +1,367 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from federated import build_model, eclm_app, fedavg_app, grid_of
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import FedAvg
+
+from eclm_flower import ECLM, Budget
+from eclm_flower.errors import RequestError
+from eclm_flower.federation.messages import selection_from_config
+from eclm_flower.modular.selection import count
+
+
+def run(model, app, *, nodes=4, rounds=2, strategy=None, **options):
+    strategy = strategy or ECLM(model, **options)
+    result = strategy.start(
+        grid_of(app, nodes), ArrayRecord(model.state_dict()), num_rounds=rounds, timeout=5
+    )
+    return strategy, result
+
+
+def half(model, device):
+    return Budget.share_of(model.costs, communication_bytes=0.5)
+
+
+def test_a_whole_federation_trains_and_evaluates():
+    _, result = run(build_model(), eclm_app(budget=half), rounds=5)
+    accuracy = [metrics["accuracy"] for metrics in result.evaluate_metrics_clientapp.values()]
+    assert len(accuracy) == 5
+    assert accuracy[-1] > accuracy[0]
+    assert result.train_metrics_clientapp[5]["eclm-merged"] == 4
+    assert result.train_metrics_clientapp[5]["loss"] < result.train_metrics_clientapp[1]["loss"]
+
+
+def test_a_device_is_sent_only_the_arrays_of_its_modules():
+    seen = []
+    model = build_model()
+    run(model, eclm_app(budget=half, seen=seen), rounds=1)
+    assert len(seen) == 4
+    for message in seen:
+        selection = selection_from_config(message.content["config"])
+        assert 1 <= count(selection) < 4
+        expected = {f"body.{k}": v for k, v in model.sub_model(selection).state_dict().items()}
+        arrays = message.content["arrays"]
+        assert arrays.keys() == expected.keys()
+        assert all(list(arrays[key].shape) == list(expected[key].shape) for key in expected)
+        np.testing.assert_array_equal(arrays["body.0.weight"].numpy(), expected["body.0.weight"])
+
+
+def test_devices_of_unequal_budgets_get_unequal_sub_models():
+    def budget(model, device):
+        return Budget.share_of(model.costs, memory_bytes=(device + 1) / 4)
+
+    strategy, _ = run(build_model(), eclm_app(budget=budget), rounds=1)
+    assert [count(strategy.selections[device]) for device in range(4)] == [1, 2, 3, 4]
+
+
+def test_full_budgets_and_one_module_a_layer_give_the_numbers_of_flowers_fedavg():
+    model = build_model(1)
+    app = eclm_app(modules=1)
+    _, ours = run(model, app, rounds=3, fraction_evaluate=0.0)
+    theirs = FedAvg(fraction_evaluate=0.0).start(
+        grid_of(fedavg_app()), ArrayRecord(model.body.state_dict()), num_rounds=3
+    )
+    for key, array in theirs.arrays.items():
+        np.testing.assert_allclose(
+            ours.arrays[f"body.{key}"].numpy(), array.numpy(), rtol=1e-5, atol=1e-6
+        )
+    assert ours.train_metrics_clientapp[3]["loss"] == pytest.approx(
+        theirs.train_metrics_clientapp[3]["loss"], rel=1e-5
+    )
+
+
+def test_runs_repeat_bit_for_bit_although_nodes_come_in_any_order():
+    def arrays(reverse):
+        grid = grid_of(eclm_app(budget=half), 6)
+        names = list(grid._contexts.items())
+        if reverse:  # other node ids for the same devices, as in every Flower run
+            partitions = [context for _, context in names][::-1]
+            grid._contexts = {1_000_000 - i: context for i, context in enumerate(partitions)}
+        model = build_model()
+        strategy = ECLM(model, fraction_train=0.5, seed=3)
+        return strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=3).arrays
+
+    first, second = arrays(False), arrays(True)
+    assert all(first[key].data == second[key].data for key in first)
+
+
+def test_another_seed_draws_other_devices():
+    def drawn(seed):
+        seen = []
+        run(
+            build_model(),
+            eclm_app(seen=seen),
+            nodes=8,
+            rounds=3,
+            seed=seed,
+            fraction_train=0.25,
+            fraction_evaluate=0.0,
+        )
+        return [message.metadata.dst_node_id for message in seen]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+
+
+def test_modules_nobody_returned_stay_bit_for_bit():
+    def smallest(model, device):
+        return Budget.share_of(model.costs, memory_bytes=0.25)
+
+    model = build_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    strategy, result = run(model, eclm_app(budget=smallest), rounds=1)
+    layer = model.layers["0"]
+    touched = {m for selection in strategy.selections.values() for m in selection["0"]}
+    assert 0 < len(touched) < 4
+    for key in layer.axes:
+        old = layer.packed(key, before[f"body.{key}"])
+        new = layer.packed(key, torch.from_numpy(result.arrays[f"body.{key}"].numpy()))
+        for module in range(4):
+            same = torch.equal(old[module], new[module])
+            assert same == (module not in touched), (key, module)
+
+
+def test_the_selector_is_sent_once_to_a_device_and_never_merged():
+    asked = []
+    model = build_model()
+    app = eclm_app()
+    query = app._registered_funcs["query.default"]
+
+    def spy(message, context):
+        asked.append((context.node_id, bool(message.content.array_records)))
+        return query(message, context)
+
+    app._registered_funcs["query.default"] = spy
+    _, result = run(model, app, rounds=3)
+    assert sum(wanted for _, wanted in asked) == 4  # importance, once each
+    assert len(asked) == 4 * (1 + 3)  # who are you, then the budget in every round
+    for key, value in model.selector.state_dict().items():
+        np.testing.assert_array_equal(result.arrays[f"selector.{key}"].numpy(), value)
+
+
+def test_importance_is_asked_again_when_it_gets_old():
+    asked = []
+    app = eclm_app()
+    query = app._registered_funcs["query.default"]
+
+    def spy(message, context):
+        asked.append(bool(message.content.array_records))
+        return query(message, context)
+
+    app._registered_funcs["query.default"] = spy
+    run(build_model(), app, rounds=4, importance_every=2)
+    assert sum(asked) == 4 * 2
+
+
+def test_a_budget_that_fits_nothing_leaves_the_device_out(caplog):
+    def budget(model, device):
+        return Budget(memory_bytes=10) if device == 2 else Budget()
+
+    flower_log = logging.getLogger("flwr")
+    flower_log.addHandler(caplog.handler)
+    try:
+        _, result = run(build_model(), eclm_app(budget=budget), rounds=1)
+    finally:
+        flower_log.removeHandler(caplog.handler)
+    assert result.train_metrics_clientapp[1]["eclm-merged"] == 3
+    assert "Device 2 is left out" in caplog.text
+    assert "memory_bytes are missing" in caplog.text
+
+
+def raised(device, answer):
+    raise RuntimeError("the disk is full")
+
+
+def changed(change):
+    """Spoil device 1's training reply with `change(arrays, metrics)`."""
+
+    def spoil(device, answer):
+        if device == 1 and answer.content.array_records:
+            arrays = dict(answer.content["arrays"])
+            metrics = dict(answer.content["metrics"])
+            change(arrays, metrics)
+            answer.content["arrays"] = ArrayRecord(arrays)
+            answer.content["metrics"] = MetricRecord(metrics)
+        return answer
+
+    return spoil
+
+
+def a_nan(arrays, metrics):
+    value = arrays["body.0.weight"].numpy().copy()
+    value[0, 0] = np.nan
+    arrays["body.0.weight"] = Array(value)
+
+
+def a_wrong_shape(arrays, metrics):
+    arrays["body.0.weight"] = Array(np.zeros((3, 3), np.float32))
+
+
+def a_wrong_dtype(arrays, metrics):
+    arrays["body.0.weight"] = Array(arrays["body.0.weight"].numpy().astype(np.float64))
+
+
+def a_missing_key(arrays, metrics):
+    del arrays["body.0.weight"]
+
+
+def a_surplus_key(arrays, metrics):
+    arrays["body.evil"] = Array(np.zeros(3, np.float32))
+
+
+def a_selector(arrays, metrics):
+    arrays["selector.heads.bias"] = Array(np.zeros(4, np.float32))
+
+
+def garbage(arrays, metrics):
+    good = arrays["body.0.weight"]
+    arrays["body.0.weight"] = Array(good.dtype, good.shape, good.stype, b"garbage")
+
+
+def no_examples(arrays, metrics):
+    del metrics["num-examples"]
+
+
+def negative_examples(arrays, metrics):
+    metrics["num-examples"] = -5
+
+
+def other_metrics(arrays, metrics):
+    metrics["loss"] = [1.0, 2.0]
+
+
+BROKEN = [
+    a_nan,
+    a_wrong_shape,
+    a_wrong_dtype,
+    a_missing_key,
+    a_surplus_key,
+    a_selector,
+    garbage,
+    no_examples,
+    negative_examples,
+    other_metrics,
+]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
+def test_a_broken_reply_leaves_the_cloud_as_if_the_device_had_not_answered(change):
+    _, result = run(build_model(), eclm_app(spoil=changed(change)), rounds=1)
+    metrics = result.train_metrics_clientapp[1]
+    assert (metrics["eclm-merged"], metrics["eclm-refused"]) == (3, 1)
+
+    def fails(device, answer):
+        if device == 1:
+            raise RuntimeError("not here")
+        return answer
+
+    _, without = run(build_model(), eclm_app(spoil=fails), rounds=1)
+    assert without.train_metrics_clientapp[1]["eclm-failed"] == 1
+    assert all(result.arrays[key].data == without.arrays[key].data for key in result.arrays)
+
+
+def test_a_round_in_which_every_device_fails_changes_nothing():
+    model = build_model()
+    _, result = run(model, eclm_app(spoil=raised), rounds=2)
+    assert result.train_metrics_clientapp[2]["eclm-failed"] == 4
+    assert not result.arrays  # Flower keeps the initial arrays when nothing was aggregated
+
+
+def test_replies_are_matched_by_key_and_never_by_order():
+    def shuffled(device, answer):
+        if answer.content.array_records:
+            answer.content["arrays"] = ArrayRecord(dict(reversed(answer.content["arrays"].items())))
+        return answer
+
+    _, plain = run(build_model(), eclm_app(budget=half), rounds=1)
+    _, mixed = run(build_model(), eclm_app(budget=half, spoil=shuffled), rounds=1)
+    assert all(plain.arrays[key].data == mixed.arrays[key].data for key in plain.arrays)
+
+
+def test_a_reply_is_merged_once_and_strangers_are_ignored():
+    model = build_model()
+    strategy = ECLM(model)
+    grid = grid_of(eclm_app())
+    arrays = ArrayRecord(model.state_dict())
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    assert isinstance(messages, list)  # the deployment engine iterates twice
+    replies = list(grid.send_and_receive(messages))
+    once, metrics = strategy.aggregate_train(1, replies)
+    twice, _ = strategy.aggregate_train(1, replies + replies[::-1])
+    assert metrics["eclm-merged"] == 4
+    assert all(once[key].data == twice[key].data for key in once)
+
+    strategy.configure_train(2, arrays, ConfigRecord(), grid)
+    late, metrics = strategy.aggregate_train(2, replies)  # of the round before
+    assert late is None
+    assert (metrics["eclm-merged"], metrics["eclm-silent"]) == (0, 4)
+
+
+def test_every_device_has_a_record_of_its_own():
+    model = build_model()
+    strategy = ECLM(model)
+    config = ConfigRecord({"lr": 0.1})
+    grid = grid_of(eclm_app(budget=half))
+    messages = strategy.configure_train(1, ArrayRecord(model.state_dict()), config, grid)
+    contents = [message.content for message in messages]
+    assert len({id(content) for content in contents}) == len(contents)
+    assert len({id(content["config"]) for content in contents}) == len(contents)
+    assert all(content["config"]["lr"] == 0.1 for content in contents)
+    assert not selection_from_config(config)  # the user's record is not written to
+    shared = {id(content["arrays"]["body.4.weight"]) for content in contents}
+    assert len(shared) == 1  # the shared part is serialised once for all
+
+
+def test_users_record_keys_and_configs_are_kept():
+    seen = []
+    model = build_model()
+    strategy = ECLM(model, arrayrecord_key="weights", configrecord_key="setup")
+    strategy.start(
+        grid_of(eclm_app(seen=seen)),
+        ArrayRecord(model.state_dict()),
+        num_rounds=1,
+        train_config=ConfigRecord({"lr": 0.5}),
+    )
+    assert seen[0].content["setup"]["lr"] == 0.5
+    assert seen[0].content["setup"]["server-round"] == 1
+    assert "weights" in seen[0].content
+
+
+def test_gates_of_the_selector_travel_with_the_sub_model_when_the_model_uses_them():
+    seen = []
+    model = build_model(gating="selector", top_k=2)
+    app = eclm_app(budget=half, seen=seen, gating="selector", top_k=2)
+    _, result = run(model, app, rounds=2)
+    assert any(key.startswith("selector.") for key in seen[0].content["arrays"])
+    assert result.train_metrics_clientapp[2]["eclm-merged"] == 4
+
+
+def test_arrays_of_another_model_are_refused_before_anything_is_sent():
+    model = build_model()
+    with pytest.raises(RequestError, match=r"ArrayRecord\(model.state_dict\(\)\)"):
+        ECLM(model).start(grid_of(eclm_app()), ArrayRecord(model.body.state_dict()), num_rounds=1)
+
+
+def test_too_few_nodes_end_the_wait_with_a_sentence():
+    model = build_model()
+    with pytest.raises(TimeoutError, match="Expected at least 9 nodes, but only 4"):
+        ECLM(model, min_available_nodes=9).start(
+            grid_of(eclm_app()), ArrayRecord(model.state_dict()), num_rounds=1, timeout=0.2
+        )
+
+
+def test_a_bad_interval_is_refused():
+    with pytest.raises(ValueError, match="importance_every >= 1"):
+        ECLM(build_model(), importance_every=0)
+
+
+def test_derive_can_be_overridden():
+    class Everything(ECLM):
+        def derive(self, profile):
+            return {"0": (0, 3)}
+
+    strategy, _ = run(build_model(), eclm_app(), strategy=Everything(build_model()), rounds=1)
+    assert all(selection == {"0": (0, 3)} for selection in strategy.selections.values())

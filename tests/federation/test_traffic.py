@@ -1,0 +1,32 @@
+import pytest
+from federated import build_model, eclm_app, grid_of
+from flwr.app import ArrayRecord
+
+from eclm_flower import ECLM, Budget
+from eclm_flower.federation import MeteredGrid, content_bytes
+
+
+def test_the_meter_counts_every_message_by_type_and_node():
+    model = build_model()
+    seen = []
+    grid = MeteredGrid(grid_of(eclm_app(seen=seen)))
+    ECLM(model).start(grid, ArrayRecord(model.state_dict()), num_rounds=2)
+    assert set(grid.traffic) == {"query", "train", "evaluate"}
+    for node, meter in grid.traffic["train"].items():
+        sent = [m for m in seen if m.metadata.dst_node_id == node]
+        assert len(sent) == 2
+        assert meter.down == sum(content_bytes(message.content) for message in sent)
+        assert 0 < meter.up < meter.down  # the same arrays, without the configuration
+    grid.reset()
+    assert not grid.traffic
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_what_travels_stays_within_the_communication_budget(share):
+    """Framing is part of the price, so a budget in bytes holds on the wire."""
+    model = build_model()
+    limit = Budget.share_of(model.costs, communication_bytes=share)
+    grid = MeteredGrid(grid_of(eclm_app(budget=lambda *_: limit)))
+    ECLM(model).start(grid, ArrayRecord(model.state_dict()), num_rounds=1)
+    for meter in grid.traffic["train"].values():
+        assert max(meter.down, meter.up) <= limit.communication_bytes
