@@ -16,14 +16,18 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from flwr.serverapp import ServerApp  # noqa: E402
+import psutil  # noqa: E402
+from flwr.app import Context  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
 
 from eclm_flower.federation import run_in_process  # noqa: E402
 from simulations.client_app import app as client_app  # noqa: E402
-from simulations.server_app import check_strategies, run_experiment  # noqa: E402
+from simulations.server_app import check_strategies, make_out_dir, run_experiment  # noqa: E402
 from simulations.settings import Engine, Settings  # noqa: E402
 from simulations.world import world_of  # noqa: E402
+
+_SHUTDOWN_SECONDS = 20
 
 
 def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
@@ -40,11 +44,20 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
     """
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
     check_strategies(settings)
+    make_out_dir(settings)
     for seed in settings.seeds:  # bad data or models are refused before an engine starts
-        world_of(settings, seed).budget(0)
+        world_of(settings.for_devices(), seed).budget(0)
 
     server_app = ServerApp()
-    server_app.main()(lambda grid, _: run_experiment(grid, settings, engine=engine))
+    started: set[psutil.Process] = set()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            run_experiment(grid, settings, engine=engine)
+        finally:
+            started.update(psutil.Process().children(recursive=True))
+
     if engine == "in-process":
         run_in_process(server_app, client_app, settings.devices)
         return
@@ -67,4 +80,9 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
             verbose_logging=False,
         )
     finally:
+        # Ray's workers outlive its shutdown by seconds; nobody should find them.
+        started.update(psutil.Process().children(recursive=True))
+        _, late = psutil.wait_procs(started, timeout=_SHUTDOWN_SECONDS)
+        for process in late:
+            process.kill()
         shutil.rmtree(ray_files, ignore_errors=True)

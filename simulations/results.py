@@ -122,7 +122,6 @@ def write(
 ) -> dict[str, Any]:
     """Write ``results.csv``, ``summary.json`` and ``accuracy.png``; returns the summary."""
     out = settings.out_dir
-    out.mkdir(parents=True, exist_ok=True)
     summary = {
         "config": {**asdict(settings), "engine": engine},
         "cloud_model": cloud_model,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from eclm_flower import prototype
-from eclm_flower.federation import MeteredGrid, Traffic
+from eclm_flower.federation import MeteredGrid, Roster, Traffic
 from eclm_flower.modular import ModularModel
 from simulations.results import Row, print_table, to_frame, write
 from simulations.settings import Settings, SettingsError
@@ -44,6 +44,14 @@ def check_strategies(settings: Settings) -> None:
         )
 
 
+def make_out_dir(settings: Settings) -> None:
+    """Make the folder for the results, before anything is computed that could not be kept."""
+    try:
+        settings.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"Can't write to --out {settings.out}: {error.strerror}.") from error
+
+
 def run_experiment(grid: Grid, settings: Settings, *, engine: str) -> None:
     """Run an experiment and write its results.
 
@@ -57,19 +65,23 @@ def run_experiment(grid: Grid, settings: Settings, *, engine: str) -> None:
         Noted in the results.
     """
     check_strategies(settings)
+    make_out_dir(settings)
     console = Console()
     metered = MeteredGrid(grid)
     rows: list[Row] = []
     seconds: dict[str, float] = defaultdict(float)
     cloud_model = {}
     for seed in settings.seeds:
-        world = world_of(settings, seed)
+        world = world_of(settings.for_devices(), seed)
         model, cloud_model[str(seed)] = offline_stage(world, console)
+        # Let every process load what it needs, so that the first strategy is not timed for it.
+        roster = Roster(seed, _config(world, settings.strategies[0]))
+        roster.refresh(metered, at_least=settings.devices, timeout=_CONNECT_SECONDS)
         for name in settings.strategies:
             start = time.perf_counter()
             rows += run_strategy(metered, world, model, METHODS[name], console)
             seconds[name] += time.perf_counter() - start
-    summary = write(settings, engine, to_frame(rows), dict(seconds), cloud_model)
+            summary = write(settings, engine, to_frame(rows), dict(seconds), cloud_model)
     print_table(summary, settings.out_dir, console)
 
 
@@ -106,11 +118,10 @@ def run_strategy(
     evaluations, so its loop stands here.
     """
     settings = world.settings
-    config = {"settings": settings.to_json(), "seed": world.seed, "strategy": method.name}
     strategy = method.strategy(
         model,
         seed=world.seed,
-        query_config=ConfigRecord(config),  # type: ignore[arg-type]
+        query_config=_config(world, method.name),
         fraction_train=settings.per_round / settings.devices,
         min_train_nodes=settings.per_round,
         min_available_nodes=settings.devices,
@@ -121,22 +132,29 @@ def run_strategy(
     with Progress(console=console) as progress:
         bar = progress.add_task(method.name, total=settings.rounds)
         for server_round in range(settings.rounds + 1):
-            round_config = ConfigRecord(config)  # type: ignore[arg-type]
+            config = _config(world, method.name)
             if server_round > 0:
-                requests = strategy.configure_train(server_round, arrays, round_config, grid)
+                requests = strategy.configure_train(server_round, arrays, config, grid)
                 replies = _checked(grid.send_and_receive(requests), settings.per_round)
                 merged, _ = strategy.aggregate_train(server_round, replies)
                 arrays = merged or arrays
                 progress.advance(bar)
             last = server_round == settings.rounds
             if last or server_round % settings.evaluate_every == 0:
-                requests = strategy.configure_evaluate(server_round, arrays, round_config, grid)
+                requests = strategy.configure_evaluate(server_round, arrays, config, grid)
                 replies = _checked(grid.send_and_receive(requests), settings.devices)
                 new = _rows(replies, grid, method.name, world.seed, server_round)
                 rows += new
                 mean = sum(row.accuracy_before for row in new) / len(new)
                 progress.update(bar, description=f"{method.name} (accuracy {mean:.1%})")
     return rows
+
+
+def _config(world: World, strategy: str) -> ConfigRecord:
+    """Everything a device must know of the experiment."""
+    return ConfigRecord(
+        {"settings": world.settings.to_json(), "seed": world.seed, "strategy": strategy}
+    )
 
 
 def _checked(replies: Iterable[Message], expected: int) -> list[Message]:

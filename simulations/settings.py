@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -111,6 +111,11 @@ class Settings:
                 )
         if min(self.seeds) < 0:
             raise SettingsError(f"Expected seeds of at least 0, got {min(self.seeds)}.")
+
+    def for_devices(self) -> Self:
+        """Return the settings without what concerns the cloud alone: fewer bytes, equal bytes."""
+        cloud = ("strategies", "seeds", "out")
+        return replace(self, **{name: getattr(type(self), name) for name in cloud})
 
     def to_json(self) -> str:
         """Write the settings as JSON."""

@@ -169,7 +169,7 @@ def _cost_of_body(
 
     batch = (batch_size, *example_input.shape[1:])
     x = torch.empty(batch, dtype=example_input.dtype, device="meta")
-    training = body.training
+    modes = [(module, module.training) for module in body.modules()]
     body.eval()  # batch norm uses the cloud's statistics, as on devices
     try:
         with FlopCounterMode(display=False) as counter:
@@ -177,7 +177,8 @@ def _cost_of_body(
                 output = functional_call(body, state, (x,))
             output.sum().backward()
     finally:
-        body.train(training)
+        for module, training in modes:  # one by one: a batch norm may be frozen
+            module.training = training
 
     in_bytes = {k: t.numel() * t.element_size() for k, t in state.items()}
     trained = sum(in_bytes[key] for key in parameters)

@@ -1,0 +1,261 @@
+"""The offline stage end to end, on scikit-learn's digits."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from eclm_flower.errors import PrototypingError
+from eclm_flower.modular import modularize
+from eclm_flower.prototyping import PrototypingConfig, accuracy, prototype
+from eclm_flower.prototyping.proxy import ProxyData
+from eclm_flower.prototyping.stages import (
+    enhance_abilities,
+    mean_gates,
+    train_as_deployed,
+    train_selector,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The narrowest selector")
+MODULES = 16
+FEW_EPOCHS = {"epochs": 8, "selector_epochs": 6, "enhancing_epochs": 4}
+
+
+class Digits:
+    x = torch.tensor(load_digits().data / 16, dtype=torch.float32)
+    y = torch.tensor(load_digits().target)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    proxy, held_out = order[:1200], order[1200:]
+
+
+def rows(part, classes=range(10)):
+    """Samples of some classes."""
+    chosen = part[torch.isin(Digits.y[part], torch.tensor(list(classes)))]
+    return TensorDataset(Digits.x[chosen], Digits.y[chosen])
+
+
+def build(gating="uniform", top_k=None):
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    return modularize(
+        body,
+        modules_per_layer=MODULES,
+        example_input=Digits.x[:1],
+        selector_share=0.3,
+        gating=gating,
+        top_k=top_k,
+    )
+
+
+def run(model, **parameters):
+    config = PrototypingConfig(**{**FEW_EPOCHS, **parameters})
+    return prototype(
+        model,
+        rows(Digits.proxy),
+        sub_tasks=Digits.y[Digits.proxy],
+        config=config,
+        validation=rows(Digits.held_out),
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def deployed():
+    model = build()
+    return model, run(model)
+
+
+def test_a_quarter_of_the_modules_chosen_by_importance_serves_a_two_class_device(deployed):
+    model, _ = deployed
+    rng = np.random.default_rng(0)
+    chosen, random = [], []
+    for classes in itertools.combinations(range(10), 2):
+        importance = model.importance([rows(Digits.proxy, classes).tensors[0]])["0"]
+        own = np.argsort(-importance)[: MODULES // 4]
+        some = rng.choice(MODULES, MODULES // 4, replace=False)
+        test = rows(Digits.held_out, classes)
+        chosen.append(accuracy(model.sub_model({"0": own}), test))
+        random.append(accuracy(model.sub_model({"0": some}), test))
+    assert np.mean(chosen) > 0.85
+    assert np.mean(chosen) > np.mean(random) + 0.2
+
+
+def test_the_whole_model_stays_as_good_as_after_the_first_stage(deployed):
+    _, report = deployed
+    assert report.accuracy["whole model"] > 0.85
+    assert report.accuracy["sub-models as deployed"] > report.accuracy["whole model"] - 0.02
+
+
+def test_training_the_selector_leaves_the_model_alone(deployed):
+    _, report = deployed
+    assert report.accuracy["selector"] == report.accuracy["whole model"]
+
+
+def test_the_report_has_all_stages(deployed):
+    _, report = deployed
+    assert {stage: len(losses) for stage, losses in report.losses.items()} == {
+        "whole model": 8,
+        "selector": 6,
+        "sub-models as deployed": 4,
+    }
+    assert set(report.accuracy) == set(report.losses)
+    assert all(losses[-1] < losses[0] for losses in report.losses.values())
+    assert report.assignment["0"].shape == (10, MODULES)
+    assert report.assignment["0"][:, :2].all()  # the core
+    assert (report.assignment["0"].sum(axis=1) <= 6).all()
+
+
+def test_the_selector_ranks_the_modules_of_a_sub_task_first(deployed):
+    model, report = deployed
+    gates = mean_gates(model.selector, ProxyData(rows(Digits.proxy), Digits.y[Digits.proxy]))["0"]
+    assigned = report.assignment["0"]
+    assert (gates * assigned).sum() / 10 > 0.7
+    assert assigned[np.arange(10), gates.argmax(axis=1)].all()
+
+
+def test_the_same_seed_gives_the_same_model_bit_for_bit(deployed):
+    again = build()
+    torch.manual_seed(1234)  # the global generator has no part in it
+    run(again)
+    state = deployed[0].state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
+
+    other = build()
+    run(other, seed=1)
+    assert not torch.equal(other.state_dict()["body.0.weight"], state["body.0.weight"])
+
+
+def test_a_trained_model_can_come_in(deployed):
+    model = build()
+    model.body.load_state_dict(deployed[0].body.state_dict())
+    report = run(model, epochs=0, enhancing_epochs=0)
+    assert list(report.losses) == ["selector"]
+    assert accuracy(model, rows(Digits.held_out)) == accuracy(deployed[0], rows(Digits.held_out))
+    assert not model.training
+
+
+def test_a_model_without_training_is_only_regrouped():
+    model = build()
+    before = model.body(Digits.x[:50])
+    run(model, epochs=0, selector_epochs=0, enhancing_epochs=0)
+    torch.testing.assert_close(model.body(Digits.x[:50]), before)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_the_papers_way(top_k):
+    model = build("selector", top_k)
+    report = run(model, method="paper", epochs=20, modules_per_sub_task=4)
+    assert list(report.losses) == ["end-to-end", "ability enhancing"]
+    assert report.accuracy["ability enhancing"] > 0.8
+    losses = report.losses["ability enhancing"]
+    assert losses[-1] < losses[0]
+    proxy = ProxyData(rows(Digits.proxy), Digits.y[Digits.proxy])
+    gates = mean_gates(model.selector, proxy, top_k=top_k)["0"]
+    assert (report.assignment["0"].sum(axis=1) <= 4).all()
+    assert (gates * report.assignment["0"]).sum() / 10 > 0.4  # 4 of 16 would have 0.25 by chance
+
+
+def divergence(model, proxy, targets):
+    """Mean KL(P || g) by its definition."""
+    with torch.no_grad():
+        gates = model.selector(proxy.data.tensors[0])["0"].softmax(dim=1).double()
+    wanted = targets[proxy.sub_tasks]
+    terms = torch.where(wanted > 0, wanted * (wanted.clamp(min=1e-12) / gates).log(), 0)
+    return float(terms.sum(dim=1).mean())
+
+
+@pytest.mark.parametrize("stage", [train_selector, enhance_abilities])
+def test_the_selector_moves_towards_its_targets(stage):
+    model = build("selector")
+    proxy = ProxyData(rows(Digits.proxy), Digits.y[Digits.proxy])
+    targets = torch.zeros(10, MODULES, dtype=torch.float64)
+    targets[torch.arange(10), torch.arange(10)] = 1  # sub-task t uses module t
+    config = PrototypingConfig(selector_epochs=4, enhancing_epochs=4, enhancing_learning_rate=0.1)
+    before = divergence(model, proxy, targets)
+    assert before == pytest.approx(math.log(MODULES))
+    body = copy.deepcopy(model.body.state_dict())
+    losses = list(stage(model, proxy, {"0": targets}, config, torch.Generator().manual_seed(0)))
+    assert len(losses) == 4
+    assert divergence(model, proxy, targets) < 0.6 * before
+    untouched = all(torch.equal(t, body[k]) for k, t in model.body.state_dict().items())
+    assert untouched is (stage is train_selector)
+
+
+def test_sub_models_train_as_on_devices_without_statistics_and_selector(small_mlp):
+    model = modularize(small_mlp(), modules_per_layer=4, example_input=torch.zeros(1, 6))
+    before = copy.deepcopy(model.state_dict())
+    tasks = torch.arange(60) % 3
+    proxy = ProxyData(TensorDataset(torch.randn(60, 6), tasks), tasks)
+    config = PrototypingConfig(enhancing_epochs=1, batch_size=16)
+    importance = mean_gates(model.selector, proxy)
+    assert len(list(train_as_deployed(model, proxy, importance, config, torch.Generator()))) == 1
+    moved = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
+    assert moved == {f"body.{name}" for name, _ in model.body.named_parameters()}
+
+
+def test_mean_gates_are_the_load_of_each_sub_task(deployed):
+    model, _ = deployed
+    proxy = ProxyData(rows(Digits.proxy), Digits.y[Digits.proxy])
+    load = mean_gates(model.selector, proxy, batch_size=100)["0"]
+    with torch.no_grad():
+        gates = F.softmax(model.selector(proxy.data.tensors[0])["0"], dim=1)
+    expected = [gates[proxy.sub_tasks == task].mean(dim=0).tolist() for task in range(10)]
+    np.testing.assert_allclose(load, expected, rtol=1e-4)
+    np.testing.assert_allclose(load.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize(("gating", "method"), [("uniform", "paper"), ("selector", "deployed")])
+def test_gating_and_method_must_match(gating, method):
+    with pytest.raises(PrototypingError, match=rf"for method '{method}', got '{gating}'"):
+        run(build(gating), method=method)
+
+
+def test_training_that_diverges_is_an_error():
+    with pytest.raises(PrototypingError, match="stage 'whole model' is not finite"):
+        run(build(), learning_rate=1e30, epochs=2)
+
+
+def test_progress_is_shown(capsys):
+    config = PrototypingConfig(epochs=1, selector_epochs=1, enhancing_epochs=1)
+    data = rows(Digits.held_out)
+    prototype(build(), data, sub_tasks=data.tensors[1], config=config, validation=data)
+    shown = capsys.readouterr().out
+    for stage in ("whole model", "selector", "sub-models as deployed"):
+        assert stage in shown
+
+
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        ({"method": "best"}, "method from .*got 'best'"),
+        ({"batch_size": 0}, "batch_size >= 1, got 0"),
+        ({"modules_per_sub_task": 0}, "modules_per_sub_task >= 1"),
+        ({"epochs": -1}, "epochs >= 0, got -1"),
+        ({"gate_noise": -0.5}, "gate_noise >= 0"),
+        ({"core_share": 1.5}, "core_share from 0 to 1"),
+        ({"sub_tasks_per_device": (2, 1)}, "sub_tasks_per_device as"),
+        ({"sub_tasks_per_device": (0, 1)}, "sub_tasks_per_device as"),
+        ({"budget_shares": ()}, r"budget_shares in \(0, 1\]"),
+        ({"budget_shares": (0.5, 0)}, r"budget_shares in \(0, 1\]"),
+    ],
+)
+def test_impossible_parameters_are_refused(parameters, problem):
+    with pytest.raises(PrototypingError, match=problem):
+        PrototypingConfig(**parameters)
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    x = torch.eye(3)
+    assert accuracy(nn.Identity(), TensorDataset(x, torch.tensor([0, 1, 1]))) == pytest.approx(
+        2 / 3
+    )
+    assert math.isnan(accuracy(nn.Identity(), TensorDataset(x[:0], torch.zeros(0))))

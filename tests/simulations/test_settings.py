@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+from simulations.settings import Settings, SettingsError
+
+
+def test_settings_survive_the_way_to_a_device():
+    settings = Settings(strategies=("fedavg",), seeds=(3, 1), learning_rate=0.01, out="/x y/ü")
+    assert Settings.from_json(settings.to_json()) == settings
+
+
+def test_options_left_out_become_what_suits_the_data_set():
+    assert Settings.suited(dataset="hapt", classes_per_device=-1).classes_per_device == 0
+    assert Settings.suited(dataset="hapt", classes_per_device=2).classes_per_device == 2
+    assert Settings.suited(dataset="cifar10", epochs=-1).epochs == Settings().epochs
+    assert Settings.suited(dataset="digits").epochs > Settings().epochs
+
+
+def test_run_config_has_dashes_and_comma_separated_lists():
+    settings = Settings.from_run_config({"per-round": 2, "seeds": "0,4", "strategies": "eclm"})
+    assert (settings.per_round, settings.seeds, settings.strategies) == (2, (0, 4), ("eclm",))
+    with pytest.raises(SettingsError, match="Unknown key 'per_rund'"):
+        Settings.from_run_config({"per_rund": 2})
+
+
+def test_paths_become_absolute_for_devices_that_run_elsewhere():
+    settings = Settings.suited(dataset="a.npz", data_dir="data", out="results")
+    assert all(
+        Path(path).is_absolute() for path in (settings.dataset, settings.data_dir, settings.out)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dataset": "mnits"}, "Expected a data set from digits"),
+        ({"devices": 0}, "--devices of at least 1, got 0"),
+        ({"per_round": 30}, "--per-round of at most the 20 devices, got 30"),
+        ({"local_epochs": 0}, "--local-epochs of at least 1"),
+        ({"learning_rate": 0.0}, "--learning-rate > 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate > 0"),
+        ({"seeds": "0,x"}, "seeds as numbers"),
+        ({"seeds": "1,1"}, "--seeds as a list without repetitions"),
+        ({"seeds": "-2"}, "seeds of at least 0"),
+        ({"strategies": ","}, "--strategies as a list"),
+        ({"rounds": -5}, "--rounds of at least 0"),
+    ],
+)
+def test_bad_options_are_refused_with_a_sentence(options, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        Settings.suited(**options)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from eclm_flower.adaptation import derive
+from simulations.models import MODELS, build_model
+from simulations.settings import Settings, SettingsError
+from simulations.world import World, flip_and_crop
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_maps_its_data_to_classes(name):
+    model = build_model(name, (3, 16, 16), 7, seed=0)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+
+
+def test_auto_takes_a_perceptron_for_vectors_and_tiny_images():
+    assert type(build_model("auto", (415,), 6, seed=0)).__name__ == "Sequential"
+    assert type(build_model("auto", (1, 8, 8), 6, seed=0)).__name__ == "Sequential"
+    assert type(build_model("auto", (3, 32, 32), 6, seed=0)).__name__ == "SlimResNet"
+
+
+def test_weights_follow_from_the_seed_alone():
+    first = build_model("mlp", (5,), 3, seed=1)[1].weight
+    torch.rand(3)
+    assert torch.equal(first, build_model("mlp", (5,), 3, seed=1)[1].weight)
+    assert not torch.equal(first, build_model("mlp", (5,), 3, seed=2)[1].weight)
+
+
+def test_bad_models_are_refused_with_a_sentence():
+    with pytest.raises(SettingsError, match="--model from auto, mlp"):
+        build_model("resnet", (3, 8, 8), 2, seed=0)
+    with pytest.raises(SettingsError, match="use --model mlp"):
+        build_model("slim-resnet", (415,), 2, seed=0)
+
+
+def test_every_device_can_afford_some_sub_model():
+    world = World(Settings(devices=50, per_round=5), seed=0)
+    importance = world.model.importance([torch.zeros(1, *world.environment.input_shape)])
+    for device in range(50):
+        budget = world.budget(device)
+        selection = derive(importance, world.model.costs, budget)
+        assert budget.allows(world.model.costs.of(selection))
+
+
+def test_photographs_are_shifted_by_at_most_four_and_flipped_whole():
+    x = torch.zeros(200, 3, 16, 16)
+    x[:, :, 8, 5] = torch.tensor([1.0, 2.0, 3.0])
+    y = flip_and_crop(x, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape
+    spots = (y[:, 2] == 3).nonzero()
+    assert len(spots) == 200  # none is lost, none is doubled
+    assert torch.equal((y[:, 0] == 1).nonzero(), spots)  # channels move together
+    columns = set(spots[:, 2].tolist())
+    assert columns == set(range(1, 10)) | set(range(6, 15))
+    assert set(spots[:, 1].tolist()) == set(range(4, 13))
