@@ -49,14 +49,15 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
         world_of(settings.for_devices(), seed).budget(0)
 
     server_app = ServerApp()
-    started: set[psutil.Process] = set()
+    me = psutil.Process()
+    before, started = set(me.children(recursive=True)), set[psutil.Process]()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
         try:
             run_experiment(grid, settings, engine=engine)
         finally:
-            started.update(psutil.Process().children(recursive=True))
+            started.update(me.children(recursive=True))
 
     if engine == "in-process":
         run_in_process(server_app, client_app, settings.devices)
@@ -81,8 +82,8 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
         )
     finally:
         # Ray's workers outlive its shutdown by seconds; nobody should find them.
-        started.update(psutil.Process().children(recursive=True))
-        _, late = psutil.wait_procs(started, timeout=_SHUTDOWN_SECONDS)
+        started.update(me.children(recursive=True))
+        _, late = psutil.wait_procs(started - before, timeout=_SHUTDOWN_SECONDS)
         for process in late:
             process.kill()
         shutil.rmtree(ray_files, ignore_errors=True)

@@ -83,11 +83,11 @@ class World:
             epochs=self.settings.epochs,
             enhancing_epochs=self.settings.enhancing_epochs,
             sub_tasks_per_device=(1, seen),
-            budget_shares=(*_usual_shares(), 1.0),
+            budget_shares=_usual_shares(),
         )
 
 
-def _usual_shares() -> list[float]:
+def _usual_shares() -> tuple[float, ...]:
     """Return what devices can hold of the cloud model: deciles of fleets like the simulated one.
 
     A cloud knows its market, not the very devices; so another fleet is drawn.
@@ -96,7 +96,7 @@ def _usual_shares() -> list[float]:
         min(device.memory_share, device.computation_share, device.communication_share)
         for device in draw_fleet(1000, seed=1_000_000)
     ]
-    return [float(share) for share in np.quantile(scarcest, [0.1, 0.3, 0.5, 0.7, 0.9])]
+    return tuple(float(share) for share in np.quantile(scarcest, [0.1, 0.3, 0.5, 0.7, 0.9]))
 
 
 @lru_cache(maxsize=2)

@@ -73,8 +73,8 @@ def derive(importance: Importance, costs: CostTable, budget: Budget) -> dict[str
             limit.append(free / scale)
     # The solver keeps limits to a tolerance of 1e-6; a budget has none, so it may need a margin.
     margin = np.zeros(len(limited))
-    over = np.ones(len(limited), dtype=bool)
-    while over.any():
+    result = _best_of(importance, modules, forced)
+    while True:
         solution = milp(
             -value,
             integrality=np.ones(len(value), dtype=int),
@@ -82,9 +82,14 @@ def derive(importance: Importance, costs: CostTable, budget: Budget) -> dict[str
             constraints=LinearConstraint(np.array(price), -np.inf, np.array(limit) - margin),
             options={"mip_rel_gap": 1e-4},
         )
-        result = _best_of(importance, modules, forced if solution.x is None else solution.x)
-        spent = costs.of(result)
+        if solution.x is None:
+            break
+        found = _best_of(importance, modules, solution.x)
+        spent = costs.of(found)
         over = np.array([getattr(spent, name) > getattr(budget, name) for name in limited])
+        if not over.any():
+            result = found
+            break
         margin[over] = np.maximum(2e-6, 10 * margin[over])
     # Below its gap the solver doesn't care, and a module that is free to take is worth having.
     for name, number in sorted(modules, key=lambda module: -importance[module[0]][module[1]]):

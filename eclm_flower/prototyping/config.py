@@ -62,13 +62,16 @@ class PrototypingConfig:
         to 0.1.
     gate_noise : float (default: 1.0)
         Noise on the logits at the start, falling linearly to zero (``method="paper"``).
-    devices_per_step : int (default: 4)
+    devices_per_step : int (default: 3)
     samples_per_device : int (default: 16)
         Simulated devices in a step of ``method="deployed"`` and the batch of each (paper: devices
         train with batches of 16).
+    whole_samples : int (default: 32)
+        Samples of all sub-tasks on which the whole model keeps training in each of these steps, so
+        that it does not pay for its sub-models.
     sub_tasks_per_device : tuple[int, int] (default: (1, 2))
         Least and most sub-tasks a simulated device sees: set it to what real devices see.
-    budget_shares : tuple[float, ...] (default: (0.125, 0.25, 0.5, 1.0))
+    budget_shares : tuple[float, ...] (default: (0.125, 0.25, 0.5))
         Share of the modules that simulated devices can hold, taken in turn: set it to what real
         devices can hold. A budget smaller than any of these will be served badly.
     distillation : float (default: 0.5)
@@ -96,17 +99,24 @@ class PrototypingConfig:
     kl_weight: float = 1.0
     balance_weight: float = 0.01
     gate_noise: float = 1.0
-    devices_per_step: int = 4
+    devices_per_step: int = 3
     samples_per_device: int = 16
+    whole_samples: int = 32
     sub_tasks_per_device: tuple[int, int] = (1, 2)
-    budget_shares: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
+    budget_shares: tuple[float, ...] = (0.125, 0.25, 0.5)
     distillation: float = 0.5
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise PrototypingError(f"Expected method from {get_args(Method)}, got {self.method!r}.")
-        positive = ("batch_size", "devices_per_step", "samples_per_device", "modules_per_sub_task")
+        positive = (
+            "batch_size",
+            "devices_per_step",
+            "samples_per_device",
+            "whole_samples",
+            "modules_per_sub_task",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise PrototypingError(f"Expected {name} >= 1, got {getattr(self, name)}.")

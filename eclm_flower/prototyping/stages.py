@@ -6,8 +6,9 @@ show progress, and works in place on the model.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -167,9 +168,9 @@ def train_as_deployed(
     """Train sub-models the way devices will hold them (not in the paper).
 
     In every step a few simulated devices draw sub-tasks and a budget, get the sub-model that
-    `derive` would send them, and train it on samples of their sub-tasks; the whole model's soft
-    labels help. A budget share of 1 stands for the cloud itself: the whole model keeps training,
-    on all sub-tasks. Batch norm statistics are frozen, as on devices.
+    `derive` would send them, and train it on samples of their sub-tasks, helped by the soft labels
+    of the whole model as it was before; the whole model trains on samples of all sub-tasks beside
+    them. Batch norm statistics are frozen, as on devices.
 
     Parameters
     ----------
@@ -186,14 +187,20 @@ def train_as_deployed(
         shares = dict.fromkeys(("communication_bytes", "computation_flops"), max(share, least))
         return derive(own, model.costs, Budget.share_of(model.costs, **shares))
 
-    def loss_of(rows: Sequence[int], sub_tasks: tuple[int, ...], share: float) -> Tensor:
+    def labelled(rows: list[int]) -> tuple[Tensor, Tensor]:
         (x, y, _), *_ = data.batches([rows])
-        state = model.narrowed_state(selection(sub_tasks, share))
-        logits = functional_call(model.body, state, (data.augmented(x, generator),))
+        return data.augmented(x, generator), y
+
+    def device_loss(sub_tasks: tuple[int, ...], share: float) -> Tensor:
+        rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
+        x, y = labelled(rows)
+        logits = functional_call(
+            model.body, model.narrowed_state(selection(sub_tasks, share)), (x,)
+        )
         loss = F.cross_entropy(logits, y)
-        if whole_logits is not None and share < 1:
+        if whole_logits is not None:
             t = config.temperature
-            soft = F.softmax(whole_logits[list(rows)] / t, dim=1)
+            soft = F.softmax(whole_logits[rows] / t, dim=1)
             distilled = F.kl_div(F.log_softmax(logits / t, dim=1), soft, reduction="batchmean")
             loss = (1 - config.distillation) * loss + config.distillation * t * t * distilled
         return loss
@@ -202,27 +209,26 @@ def train_as_deployed(
     for layer in model.body.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
-    steps_per_epoch = math.ceil(len(data) / (config.devices_per_step * config.samples_per_device))
+    steps_per_epoch = math.ceil(len(data) / config.batch_size)
     descent = _Descent(
         model.body,
         config,
         config.enhancing_learning_rate,
         config.enhancing_epochs * steps_per_epoch,
     )
+    everything = range(data.num_sub_tasks)
     least, most = (min(number, data.num_sub_tasks) for number in config.sub_tasks_per_device)
-    turn = 0
+    shares = itertools.cycle(config.budget_shares)
     for _ in range(config.enhancing_epochs):
         losses = []
         for _ in range(steps_per_epoch):
-            device_losses = []
-            for _ in range(config.devices_per_step):
-                share = config.budget_shares[turn % len(config.budget_shares)]
-                number = int(rng.integers(least, most + 1)) if share < 1 else data.num_sub_tasks
-                tasks = np.sort(rng.choice(data.num_sub_tasks, number, replace=False)).tolist()
-                rows = data.device_rows(tasks, config.samples_per_device, rng)
-                device_losses.append(loss_of(rows, tuple(tasks), share))
-                turn += 1
-            losses.append(descent.step(torch.stack(device_losses).mean()))
+            x, y = labelled(data.device_rows(everything, config.whole_samples, rng))
+            parts = [F.cross_entropy(model.body(x), y)]
+            for share in itertools.islice(shares, config.devices_per_step):
+                number = int(rng.integers(least, most + 1))
+                sub_tasks = np.sort(rng.choice(data.num_sub_tasks, number, replace=False))
+                parts.append(device_loss(tuple(sub_tasks.tolist()), share))
+            losses.append(descent.step(torch.stack(parts).mean()))
         yield float(np.mean(losses))
 
 

@@ -173,6 +173,16 @@ def test_a_budget_short_by_a_hair_does_not_stretch(importance, modules):
     assert len(selection["a"]) == modules
 
 
+def test_a_budget_short_by_a_hair_still_gets_the_best_that_fits():
+    """Not what is left of a selection that the solver's tolerance let through."""
+    costs = table((0, 0, 0), {"a": (100, 1, 1), "b": (40, 1, 1)}, {"a": 2, "b": 4})
+    importance = {"a": np.array([0.6, 0.4]), "b": np.array([0.52, 0.16, 0.16, 0.16])}
+    enough = derive(importance, costs, Budget(communication_bytes=280))
+    assert enough == {"a": (0, 1), "b": (0, 1)}
+    short = derive(importance, costs, Budget(communication_bytes=math.nextafter(280, 0)))
+    assert short == {"a": (0,), "b": (0, 1, 2, 3)}
+
+
 def test_what_is_lacking_is_named_and_nothing_else():
     costs = table((100, 50, 30), {"a": (10, 20, 30), "b": (1, 2, 3)}, {"a": 2, "b": 2})
     importance = {"a": np.array([0.4, 0.6]), "b": np.array([0.5, 0.5])}

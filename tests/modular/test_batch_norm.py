@@ -42,6 +42,12 @@ def test_a_frozen_sample_does_not_see_its_batch_mates(model):
     torch.testing.assert_close(model(x), copy.deepcopy(model).eval()(x))
 
 
+def test_freezing_takes_effect_at_once(model, small_mlp):
+    frozen = apply_policy(model.train(), "frozen")
+    frozen(torch.randn(8, 6))
+    assert all(map(torch.equal, statistics(frozen), statistics(small_mlp())))
+
+
 def test_frozen_reaches_sub_models(model):
     with pytest.warns(UserWarning, match="selector"):
         modular = modularize(

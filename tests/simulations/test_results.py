@@ -59,8 +59,14 @@ def test_a_target_never_reached_or_without_fedavg_is_none():
     low = [row("eclm", 0, r, 0, 0.1, 1) for r in range(3)]
     assert summarise(to_frame(ROWS[:6] + low), {})["eclm"]["bytes_to_target"] is None
     assert summarise(to_frame(low), {})["eclm"]["bytes_to_target"] is None
-    second_seed = [row("fedavg", 1, 0, 0, 0.99, 1), row("eclm", 1, 0, 0, 0.1, 1)]
-    assert summarise(to_frame(ROWS + second_seed), {})["eclm"]["bytes_to_target"] is None
+
+
+def test_the_target_is_met_by_the_mean_over_seeds():
+    second = [row("fedavg", 1, 1, 0, 0.4, 100), row("eclm", 1, 2, 0, 0.3, 50)]
+    summary = summarise(to_frame([*ROWS, *second]), {})
+    # Means: FedAvg .5, .6, .7; ECLM .6, .7, .6.
+    assert summary["fedavg"]["bytes_to_target"] == 800
+    assert summary["eclm"]["bytes_to_target"] == 40
 
 
 def test_the_interval_is_over_devices_and_seeds():
