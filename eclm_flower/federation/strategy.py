@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
 
@@ -16,7 +14,6 @@ from flwr.app import (
     ConfigRecord,
     Message,
     MessageType,
-    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -26,7 +23,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from eclm_flower.adaptation.derivation import derive
-from eclm_flower.adaptation.merge import Update, Weighting, check_update, merge
+from eclm_flower.adaptation.merge import Weighting, merge
 from eclm_flower.adaptation.profile import DeviceProfile
 from eclm_flower.errors import InfeasibleBudgetError, ReplyError, RequestError
 from eclm_flower.federation.messages import (
@@ -37,19 +34,11 @@ from eclm_flower.federation.messages import (
     to_array,
     to_tensors,
 )
-from eclm_flower.federation.roster import EVALUATE, TRAIN, Roster, ask, last_line
+from eclm_flower.federation.replies import Request, match, read_update
+from eclm_flower.federation.roster import EVALUATE, TRAIN, Roster, ask
 from eclm_flower.modular.batch_norm import BatchNormPolicy
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection, count
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What was sent to a device in this round."""
-
-    metadata: Metadata  # Flower writes the message id into it when the message is pushed
-    device: int
-    selection: Selection
 
 
 class ECLM(FedAvg):
@@ -113,7 +102,7 @@ class ECLM(FedAvg):
         self._timeout = 3600.0
         self._budget_round: dict[int, int] = {}  # device -> round of its latest budget
         self._importance_round: dict[int, int] = {}  # device -> round of its latest importance
-        self._requests: list[_Request] = []
+        self._requests: list[Request] = []
         # The cloud model as `start` handed it to this round; `start` owns it between rounds.
         self._arrays = ArrayRecord()
         self._state: dict[str, Tensor] = {}
@@ -178,14 +167,11 @@ class ECLM(FedAvg):
         """Draw devices, ask their profiles, and send each its sub-model."""
         if self.fraction_train == 0.0:
             return []
-        return self._configure(
-            server_round,
-            arrays,
-            config,
-            grid,
-            purpose=TRAIN,
-            fraction=self.fraction_train,
-            at_least=self.min_train_nodes,
+        devices = self._draw(
+            server_round, grid, TRAIN, fraction=self.fraction_train, least=self.min_train_nodes
+        )
+        return self._requests_to(
+            devices, server_round, arrays, config, grid, message_type=MessageType.TRAIN
         )
 
     def configure_evaluate(
@@ -194,39 +180,42 @@ class ECLM(FedAvg):
         """Draw devices and send each its own sub-model to evaluate."""
         if self.fraction_evaluate == 0.0:
             return []
-        return self._configure(
+        devices = self._draw(
             server_round,
-            arrays,
-            config,
             grid,
-            purpose=EVALUATE,
+            EVALUATE,
             fraction=self.fraction_evaluate,
-            at_least=self.min_evaluate_nodes,
+            least=self.min_evaluate_nodes,
+        )
+        return self._requests_to(
+            devices, server_round, arrays, config, grid, message_type=MessageType.EVALUATE
         )
 
-    def _configure(
+    def _draw(
+        self, server_round: int, grid: Grid, purpose: int, *, fraction: float, least: int
+    ) -> list[int]:
+        """Draw the devices of a round."""
+        at_least = max(self.min_available_nodes, least)
+        self.roster.refresh(grid, at_least=at_least, timeout=self._timeout)
+        number = max(int(len(self.roster.node_ids) * fraction), least)
+        return self.roster.draw(number, server_round=server_round, purpose=purpose)
+
+    def _requests_to(
         self,
+        devices: list[int],
         server_round: int,
         arrays: ArrayRecord,
         config: ConfigRecord,
         grid: Grid,
         *,
-        purpose: int,
-        fraction: float,
-        at_least: int,
+        message_type: str,
     ) -> list[Message]:
+        """Derive every device's sub-model and pack it; a record of its own for each."""
         self._take_over(arrays)
-        self.roster.refresh(
-            grid, at_least=max(self.min_available_nodes, at_least), timeout=self._timeout
-        )
-        number = max(int(len(self.roster.node_ids) * fraction), at_least)
-        devices = self.roster.draw(number, server_round=server_round, purpose=purpose)
         self._update_profiles(devices, server_round, grid)
-
         config["server-round"] = server_round
         messages = []
         self._requests = []
-        message_type = MessageType.TRAIN if purpose == TRAIN else MessageType.EVALUATE
         for device in devices:
             profile = self.profiles.get(device)
             if profile is None or self._budget_round[device] != server_round:
@@ -236,21 +225,16 @@ class ECLM(FedAvg):
             except InfeasibleBudgetError as error:
                 log(WARNING, "Device %s is left out: %s", device, error)
                 continue
+            plugin = {**selection_to_config(selection), BATCH_NORM: self.batch_norm}
             content = RecordDict(
                 {
                     self.arrayrecord_key: self._pack(selection),
-                    self.configrecord_key: ConfigRecord(
-                        {
-                            **config,
-                            **selection_to_config(selection),
-                            BATCH_NORM: self.batch_norm,
-                        }
-                    ),
+                    self.configrecord_key: ConfigRecord({**config, **plugin}),
                 }
             )
             message = Message(content, self.roster.node_ids[device], message_type)
             messages.append(message)
-            self._requests.append(_Request(message.metadata, device, selection))
+            self._requests.append(Request(message.metadata, device, selection))
             self.selections[device] = selection
         log(
             INFO,
@@ -337,25 +321,38 @@ class ECLM(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge what returned, module by module; refuse what is broken."""
-        valid, counts = self._valid_replies(replies)
+        valid, counts = match(replies, self._requests, self.weighted_by_key)
+        layers = self.model.layers.values()
         updates, contents = [], []
         for request, content in valid:
             try:
-                updates.append(self._update(request, content))
-                contents.append(content)
+                update = read_update(
+                    request,
+                    content,
+                    importance=self.profiles[request.device].importance,
+                    state=self._state,
+                    layers=layers,
+                    arrayrecord_key=self.arrayrecord_key,
+                    weighted_by_key=self.weighted_by_key,
+                )
             except ReplyError as error:
                 log(WARNING, "Reply of device %s is refused: %s", request.device, error)
                 counts["refused"] += 1
+            else:
+                updates.append(update)
+                contents.append(content)
         if not updates:
             return None, MetricRecord(self._round_metrics(counts, 0, 0))
 
-        layers = self.model.layers.values()
         merged = merge(self._state, updates, layers, weighting=self.weighting)
+        changed = {
+            f"{BODY}{key}": tensor
+            for key, tensor in merged.items()
+            if tensor is not self._state[key]
+        }
         arrays = ArrayRecord(
             {
-                key: to_array(merged[key.removeprefix(BODY)])
-                if merged.get(key.removeprefix(BODY)) is not self._state.get(key.removeprefix(BODY))
-                else array
+                key: to_array(changed[key]) if key in changed else array
                 for key, array in self._arrays.items()
             }
         )
@@ -391,85 +388,12 @@ class ECLM(FedAvg):
             "eclm-modules-updated": updated,
         }
 
-    def _update(self, request: _Request, content: RecordDict) -> Update:
-        """Read and check one reply."""
-        arrays = content.array_records.get(self.arrayrecord_key)
-        if arrays is None or len(content.array_records) != 1:
-            raise ReplyError(f"Expected one ArrayRecord, '{self.arrayrecord_key}'.")
-        foreign = [key for key in arrays if not key.startswith(BODY)]
-        if foreign:
-            raise ReplyError(f"Expected arrays of the body only, got {foreign[:3]}.")
-        try:
-            state = to_tensors(arrays, BODY)
-        except (TypeError, ValueError, OSError, EOFError) as error:
-            raise ReplyError(f"Arrays can't be read: {error}.") from error
-        weight = next(iter(content.metric_records.values()))[self.weighted_by_key]
-        update = Update(
-            device=request.device,
-            selection=request.selection,
-            state=state,
-            importance=self.profiles[request.device].importance,
-            num_examples=float(weight),  # type: ignore[arg-type]
-        )
-        check_update(update, self._state, self.model.layers.values())
-        return update
-
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Aggregate the metrics of devices, each evaluated on its own sub-model."""
-        valid, _ = self._valid_replies(replies)
+        valid, _ = match(replies, self._requests, self.weighted_by_key)
         if not valid:
             return None
         contents = [content for _, content in valid]
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
-
-    def _valid_replies(
-        self, replies: Iterable[Message]
-    ) -> tuple[list[tuple[_Request, RecordDict]], Counter[str]]:
-        """Match replies with requests, in the order of devices; count what is lost, by reason."""
-        by_message = {request.metadata.message_id: request for request in self._requests}
-        matched: list[tuple[_Request, RecordDict]] = []
-        counts: Counter[str] = Counter()
-        for message in replies:
-            # A reply to no request of this round, or a second one to the same, finds nothing.
-            request = by_message.pop(message.metadata.reply_to_message_id, None)
-            if request is None:
-                log(WARNING, "A reply that answers no request of this round is ignored.")
-            elif message.has_error():
-                log(WARNING, "Device %s failed: %s", request.device, last_line(message))
-                counts["failed"] += 1
-            else:
-                matched.append((request, message.content))
-        counts["silent"] = len(self._requests) - len(matched) - counts["failed"]
-        matched.sort(key=lambda pair: pair[0].device)
-
-        # Metrics are averaged key by key, so those that differ from what most report are refused.
-        shapes = [self._metrics_shape(content) for _, content in matched]
-        usual = Counter(shape for shape in shapes if shape).most_common(1)
-        valid = []
-        for pair, shape in zip(matched, shapes, strict=True):
-            if shape and shape == usual[0][0]:
-                valid.append(pair)
-            else:
-                log(
-                    WARNING,
-                    "Reply of device %s is refused: expected one MetricRecord with a positive '%s' "
-                    "and the same metrics as the other devices.",
-                    pair[0].device,
-                    self.weighted_by_key,
-                )
-                counts["refused"] += 1
-        return valid, counts
-
-    def _metrics_shape(self, content: RecordDict) -> frozenset[tuple[str, int]] | None:
-        """Keys and lengths of a reply's metrics; None if they can't weigh it."""
-        if len(content.metric_records) != 1:
-            return None
-        metrics = next(iter(content.metric_records.values()))
-        weight = metrics.get(self.weighted_by_key)
-        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
-            return None
-        return frozenset(
-            (key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items()
-        )

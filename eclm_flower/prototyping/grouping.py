@@ -110,7 +110,7 @@ def order_units(
     if clusters > 1:
         profile = responses[:, rest].T  # [units, T]
         profile = profile / np.maximum(profile.sum(axis=1, keepdims=True), 1e-12)
-        with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer kinds of units than clusters: some stay empty
             centres, _ = kmeans2(profile, clusters, minit="++", rng=rng)
         # Equal sizes: every centre offers `size` places, and units are matched to places.

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from eclm_flower.errors import PrototypingError
 from eclm_flower.modular import modularize
 from eclm_flower.prototyping import PrototypingConfig, accuracy, prototype
+from eclm_flower.prototyping.grouping import unit_responses
 from eclm_flower.prototyping.proxy import ProxyData
 from eclm_flower.prototyping.stages import (
     enhance_abilities,
@@ -139,8 +140,8 @@ def test_a_trained_model_can_come_in(deployed):
     model.body.load_state_dict(deployed[0].body.state_dict())
     report = run(model, epochs=0, enhancing_epochs=0)
     assert list(report.losses) == ["selector"]
-    assert accuracy(model, rows(Digits.held_out)) == accuracy(deployed[0], rows(Digits.held_out))
     assert not model.training
+    assert accuracy(model, rows(Digits.held_out)) == accuracy(deployed[0], rows(Digits.held_out))
 
 
 def test_a_model_without_training_is_only_regrouped():
@@ -148,6 +149,11 @@ def test_a_model_without_training_is_only_regrouped():
     before = model.body(Digits.x[:50])
     run(model, epochs=0, selector_epochs=0, enhancing_epochs=0)
     torch.testing.assert_close(model.body(Digits.x[:50]), before)
+    proxy = [(Digits.x[Digits.proxy], Digits.y[Digits.proxy])]
+    contribution = unit_responses(model, proxy, 10)["0"].mean(axis=0)
+    core = contribution[: 2 * 128 // MODULES]
+    assert (np.diff(core) <= 0).all()
+    assert core.min() >= contribution[len(core) :].max()
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
@@ -200,6 +206,20 @@ def test_sub_models_train_as_on_devices_without_statistics_and_selector(small_ml
     assert len(list(train_as_deployed(model, proxy, importance, config, torch.Generator()))) == 1
     moved = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
     assert moved == {f"body.{name}" for name, _ in model.body.named_parameters()}
+
+
+def test_the_whole_model_trains_beside_the_sub_models(small_mlp):
+    """Modules that no simulated device ever holds move too."""
+    model = modularize(small_mlp(), modules_per_layer=4, example_input=torch.zeros(1, 6))
+    layer = model.layers["0"]
+    before = layer.packed("0.weight", model.body[0].weight).detach().clone()
+    tasks = torch.arange(60) % 3
+    proxy = ProxyData(TensorDataset(torch.randn(60, 6), tasks), tasks)
+    config = PrototypingConfig(enhancing_epochs=1, budget_shares=(0.25,), weight_decay=0)
+    importance = {name: np.tile([1.0, 0, 0, 0], (3, 1)) for name in model.layers}
+    list(train_as_deployed(model, proxy, importance, config, torch.Generator()))
+    after = layer.packed("0.weight", model.body[0].weight)
+    assert ((after - before).flatten(1).norm(dim=1) > 0).all()
 
 
 def test_mean_gates_are_the_load_of_each_sub_task(deployed):
