@@ -66,7 +66,7 @@ class World:
 
     def budget(self, device: int) -> Budget:
         """Return what a device can spend: always a module in every layer, or it could not join."""
-        least = max(1 / layer.modules for layer in self.model.layers.values())
+        least = self.model.costs.least_share
         who = self.fleet[device]
         return Budget.share_of(
             self.model.costs,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from eclm_flower.modular.modes import evaluating
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.split import ModuleLayer
 
@@ -84,6 +85,11 @@ class CostTable:
             (self.per_module[name] * len(numbers) for name, numbers in selection.items()),
             self.shared,
         )
+
+    @property
+    def least_share(self) -> float:
+        """Smallest share of the modules that pays for one in every layer, rounding included."""
+        return (1 + 1e-9) * max(1 / number for number in self.modules.values())
 
     @property
     def whole(self) -> Cost:
@@ -169,16 +175,11 @@ def _cost_of_body(
 
     batch = (batch_size, *example_input.shape[1:])
     x = torch.empty(batch, dtype=example_input.dtype, device="meta")
-    modes = [(module, module.training) for module in body.modules()]
-    body.eval()  # batch norm uses the cloud's statistics, as on devices
-    try:
-        with FlopCounterMode(display=False) as counter:
-            with torch.autograd.graph.saved_tensors_hooks(keep, unchanged):
-                output = functional_call(body, state, (x,))
-            output.sum().backward()
-    finally:
-        for module, training in modes:  # one by one: a batch norm may be frozen
-            module.training = training
+    # In eval mode batch norm uses the cloud's statistics, as on devices.
+    with evaluating(body), FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, unchanged):
+            output = functional_call(body, state, (x,))
+        output.sum().backward()
 
     in_bytes = {k: t.numel() * t.element_size() for k, t in state.items()}
     trained = sum(in_bytes[key] for key in parameters)

@@ -88,8 +88,8 @@ class ModularModel(nn.Module):
     def gates(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn the selector's logits ``[B, N]`` into gates ``[B, m]`` of the modules held.
 
-        Gates are scaled to a mean of 1 over the modules used, so that equal scores give gate 1 and
-        the model computes what it computed before it was cut.
+        Gates are scaled to a mean of 1 over the modules used: with equal scores and no `top_k` they
+        are all 1, and the model computes what it computed before it was cut.
         """
         result = {}
         for name, held in self.selection.items():

@@ -17,6 +17,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from eclm_flower.modular.model import ModularModel
+from eclm_flower.modular.modes import evaluating
 
 
 @torch.no_grad()
@@ -56,17 +57,15 @@ def unit_responses(
         for layer in model.layers.values()
     }
     samples = torch.zeros(sub_tasks, dtype=torch.float64)
-    training = model.training
-    model.eval()
     try:
-        for x, tasks in batches:
-            model.body(x)
-            tasks = tasks.cpu()
-            samples += torch.bincount(tasks, minlength=sub_tasks)
-            for name, hidden in seen.items():
-                total[name].index_add_(0, tasks, hidden.cpu().double())
+        with evaluating(model):
+            for x, tasks in batches:
+                model.body(x)
+                tasks = tasks.cpu()
+                samples += torch.bincount(tasks, minlength=sub_tasks)
+                for name, hidden in seen.items():
+                    total[name].index_add_(0, tasks, hidden.cpu().double())
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from eclm_flower.errors import PrototypingError
 from eclm_flower.modular.model import ModularModel
+from eclm_flower.modular.modes import evaluating
 from eclm_flower.prototyping.assignment import assign, gate_targets
 from eclm_flower.prototyping.config import PrototypingConfig
 from eclm_flower.prototyping.grouping import order_units, unit_responses
@@ -206,9 +207,9 @@ def _inputs(proxy: ProxyData) -> Iterator[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Dataset[Any], *, batch_size: int = 256) -> float:
     """Share of samples whose largest logit is their label's, 0 to 1; nan without samples."""
-    model.eval()
     right = total = 0
-    for x, y, *_ in DataLoader(data, batch_size=batch_size):
-        right += int((model(x).argmax(dim=1) == y).sum())
-        total += len(y)
+    with evaluating(model):
+        for x, y, *_ in DataLoader(data, batch_size=batch_size):
+            right += int((model(x).argmax(dim=1) == y).sum())
+            total += len(y)
     return right / total if total else math.nan

@@ -183,8 +183,8 @@ def train_as_deployed(
     @lru_cache(maxsize=4096)
     def selection(sub_tasks: tuple[int, ...], share: float) -> dict[str, tuple[int, ...]]:
         own = {name: rows[list(sub_tasks)].mean(axis=0) for name, rows in importance.items()}
-        least = max(1 / layer.modules for layer in model.layers.values())
-        shares = dict.fromkeys(("communication_bytes", "computation_flops"), max(share, least))
+        share = max(share, model.costs.least_share)
+        shares = dict.fromkeys(("communication_bytes", "computation_flops"), share)
         return derive(own, model.costs, Budget.share_of(model.costs, **shares))
 
     def labelled(rows: list[int]) -> tuple[Tensor, Tensor]:
