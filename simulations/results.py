@@ -157,7 +157,7 @@ def print_table(summary: dict[str, Any], out: Path, console: Console) -> None:
         caption="adapted: after local training; to target: MB until FedAvg's best accuracy",
         box=box.SIMPLE_HEAD,
     )
-    headings = ("strategy", "accuracy", "adapted", "MB down", "MB up", "to target", "seconds")
+    headings = ("strategy", "accuracy", "adapted", "MB down", "MB up", "to target", "sec")
     for heading in headings:
         left = heading == "strategy"
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
