@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -41,8 +42,9 @@ class _Task:
 
     def generator(self, purpose: int) -> torch.Generator:
         """Random numbers of this device, round and purpose alone."""
-        number = ((self.world.seed * 1_000_003 + self.device) * 10_007 + self.server_round) * 2
-        return torch.Generator().manual_seed(number + purpose)
+        entropy = [self.world.seed, self.device, self.server_round, purpose]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        return torch.Generator().manual_seed(seed)
 
 
 def _task(msg: Message, context: Context) -> _Task:

@@ -63,7 +63,8 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
         run_in_process(server_app, client_app, settings.devices)
         return
 
-    ray_files = tempfile.mkdtemp(prefix="ray-")  # short: Ray puts sockets there
+    # A short path, because Ray puts sockets there.
+    ray_files = tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
     try:
         run_simulation(
             server_app,

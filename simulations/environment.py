@@ -197,7 +197,7 @@ class Environment:
             tests = [np.flatnonzero(test_owner == person) for person in chosen]
         for person, train, test in zip(chosen, shares, tests, strict=True):
             got = f"{len(train)} and {len(test)} for number {person} of the column `device`"
-            remedy = "leave such devices, or the column `test`, out, or give classes per device"
+            remedy = "give them more rows of each class, or leave them out"
             _expect(
                 len(train) > 0 < len(test), "training and test rows in each device", got, remedy
             )
@@ -206,7 +206,7 @@ class Environment:
         device = np.repeat(np.arange(self.num_devices), [len(part) for part in proxy])
         return _Division(
             proxy=rows,
-            sub_tasks=self._labels[rows] if many else device,
+            sub_tasks=np.unique(self._labels[rows] if many else device, return_inverse=True)[1],
             cloud_test=_join(tests),
             shares=shares,
             own_tests=tests,
@@ -244,7 +244,7 @@ class Environment:
             ) from error
         return _Division(
             proxy=proxy,
-            sub_tasks=self._labels[proxy],
+            sub_tasks=np.unique(self._labels[proxy], return_inverse=True)[1],
             cloud_test=test,
             shares=[int_column(part, "row") for part in parts],
             own_tests=None,

@@ -1,7 +1,8 @@
 """What a run leaves: rows, a summary, a picture. Summary, table and picture come from rows alone.
 
 Bytes of a row are those of the queries and training messages the device exchanged since its last
-row. The messages of evaluations are not counted: they are the experimenter's, not the method's.
+row. Evaluation messages are not counted: they are the experimenter's, not the method's. The queries
+that precede them are, so that the price of knowing every device stands in the results.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from simulations.settings import Settings
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+RESULT_FILES = ("results.csv", "summary.json", "accuracy.png")
 _REFERENCE = "fedavg"
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from eclm_flower import prototype
 from eclm_flower.federation import MeteredGrid, Roster, Traffic
 from eclm_flower.modular import ModularModel
-from simulations.results import Row, print_table, to_frame, write
+from simulations.results import RESULT_FILES, Row, print_table, to_frame, write
 from simulations.settings import Settings, SettingsError
 from simulations.world import World, flip_and_crop, world_of
 from strategies import METHODS
@@ -32,7 +32,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class DeviceFailedError(RuntimeError):
-    """A simulated device raised: the simulation is wrong, so its results are not written."""
+    """A simulated device raised: the run ends; strategies that were done stay written."""
 
 
 def check_strategies(settings: Settings) -> None:
@@ -66,6 +66,8 @@ def run_experiment(grid: Grid, settings: Settings, *, engine: str) -> None:
     """
     check_strategies(settings)
     make_out_dir(settings)
+    for name in RESULT_FILES:  # nothing of an older run may look like this one's
+        (settings.out_dir / name).unlink(missing_ok=True)
     console = Console()
     metered = MeteredGrid(grid)
     rows: list[Row] = []

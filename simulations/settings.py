@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 Engine = Literal["ray", "in-process"]
 DATASETS = ("digits", "hapt", "cifar10", "cifar100", "mnist", "speech")
 
+_SUITED_OPTIONS = ("learning_rate", "classes_per_device", "epochs", "enhancing_epochs")
 _SMALL = {"epochs": 60, "enhancing_epochs": 60}  # few samples: more epochs for the same steps
 _SUITED: dict[str, dict[str, Any]] = {
     "digits": _SMALL,
@@ -147,12 +148,18 @@ class Settings:
 
     @classmethod
     def suited(cls, **values: Any) -> Self:
-        """Build settings from options; those of -1 or left out become what suits the data set.
+        """Build settings from options; those left out become what suits the data set.
+
+        So do learning rate, classes per device and the two numbers of epochs when they are -1.
 
         Lists may be comma separated text, and paths become absolute, so that devices, which may
         run elsewhere, find them.
         """
-        given: dict[str, Any] = {name: value for name, value in values.items() if value != -1}
+        given: dict[str, Any] = {
+            name: value
+            for name, value in values.items()
+            if not (name in _SUITED_OPTIONS and value == -1)
+        }
         dataset = str(given.get("dataset", cls.dataset))
         suited = _SUITED.get(".npz" if dataset.endswith(".npz") else dataset, {})
         given = {**suited, **given}

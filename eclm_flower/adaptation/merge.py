@@ -25,6 +25,7 @@ from eclm_flower.errors import ReplyError
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.split import ModuleLayer
 
+_MOST_EXAMPLES = 2**53  # larger counts aren't exact, and their sums overflow
 Weighting = Literal["importance-examples", "importance", "examples"]
 
 
@@ -137,8 +138,10 @@ def check_update(
         Missing or surplus keys, wrong shape or dtype, NaN or infinity, or an impossible number of
         examples.
     """
-    if not (np.isfinite(update.num_examples) and update.num_examples > 0):
-        raise ReplyError(f"Expected a positive number of examples, got {update.num_examples}.")
+    if not 0 < update.num_examples <= _MOST_EXAMPLES:  # false for nan, too
+        raise ReplyError(
+            f"Expected a number of examples above 0 and up to 2**53, got {update.num_examples}."
+        )
     expected = {
         key: list(tensor.shape) for key, tensor in state.items() if tensor.is_floating_point()
     }

@@ -15,8 +15,6 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 _CLIENT_APP_RAISED = 2  # Flower's own error code for it
 
@@ -45,7 +43,10 @@ class InProcessGrid(Grid):
         run_config: Mapping[str, Any] | None = None,
         node_config: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
-        # Messages can only be made inside a run: this process is one.
+        # Messages can only be made inside a run: this process is one. Flower has no public way to
+        # say so; imported here, so that deployments don't depend on it.
+        from flwr.supercore.task_identity import TaskIdentity
+
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self._client_app = client_app
         self._contexts = {
@@ -94,11 +95,13 @@ class InProcessGrid(Grid):
     ) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
 
-    def set_run(self, run: Run) -> None:  # noqa: D102
+    def set_run(self, run: Any) -> None:  # noqa: D102
         raise NotImplementedError("An in-process grid is a run of its own.")
 
     @property
-    def run(self) -> Run:  # noqa: D102
+    def run(self) -> Any:  # noqa: D102
+        from flwr.supercore.run import Run
+
         return Run.create_empty(run_id=1)
 
     def create_message(  # noqa: D102

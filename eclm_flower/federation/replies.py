@@ -20,6 +20,8 @@ from eclm_flower.federation.roster import last_line
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.split import ModuleLayer
 
+_HEADER_BYTES = 4096  # more than the header of any serialised array
+
 
 @dataclass(frozen=True)
 class Request:
@@ -136,9 +138,13 @@ def read_update(
     foreign = [key for key in arrays if not key.startswith(BODY)]
     if foreign:
         raise ReplyError(f"Expected arrays of the body only, got {foreign[:3]}.")
+    for key, array in arrays.items():
+        whole = state.get(key.removeprefix(BODY))
+        if whole is None or len(array.data) > whole.nbytes + _HEADER_BYTES:
+            raise ReplyError(f"Expected no array '{key[:80]}' of {len(array.data):,} bytes.")
     try:
         returned = to_tensors(arrays, BODY)
-    except (TypeError, ValueError, OSError, EOFError) as error:
+    except Exception as error:  # whatever a device may send instead of an array
         raise ReplyError(f"Arrays can't be read: {error}.") from error
     weight = next(iter(content.metric_records.values()))[weighted_by_key]
     update = Update(

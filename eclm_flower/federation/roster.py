@@ -23,6 +23,7 @@ from eclm_flower.modular.costs import CostTable
 
 TRAIN, EVALUATE = 0, 1  #: purposes of a draw
 _POLL_SECONDS = 0.1
+_RETRY_REFRESHES = 10  # a node that does not say who it is must not stall every round
 
 
 class Roster:
@@ -45,6 +46,8 @@ class Roster:
         self.seed = seed
         self.query_config = query_config or ConfigRecord()
         self.node_ids: dict[int, int] = {}
+        self._refreshes = 0
+        self._asked: dict[int, int] = {}  # node id -> the refresh in which it was asked
 
     def refresh(self, grid: Grid, *, at_least: int, timeout: float) -> None:
         """Wait for nodes to connect, and ask the new ones who they are.
@@ -76,7 +79,13 @@ class Roster:
                 told = True
             time.sleep(_POLL_SECONDS)
         self.node_ids = {d: node for d, node in self.node_ids.items() if node in connected}
-        new = sorted(connected - set(self.node_ids.values()))
+        self._refreshes += 1
+        new = [
+            node
+            for node in sorted(connected - set(self.node_ids.values()))
+            if self._refreshes - self._asked.get(node, -_RETRY_REFRESHES) >= _RETRY_REFRESHES
+        ]
+        self._asked.update(dict.fromkeys(new, self._refreshes))
         who = RecordDict({"config": self.query_config})
         answers = ask(grid, new, lambda _: who, timeout=timeout)
         for node_id, answer in answers.items():
@@ -93,10 +102,10 @@ class Roster:
 
     def draw(self, number: int, *, server_round: int, purpose: int) -> list[int]:
         """Draw devices without replacement; the same for the same seed, round and purpose."""
-        devices = np.array(sorted(self.node_ids), dtype=np.int64)
+        devices = sorted(self.node_ids)  # numbers can be node ids, too large for an array
         rng = np.random.default_rng([self.seed, server_round, purpose])
-        drawn = rng.choice(devices, size=min(number, len(devices)), replace=False)
-        return sorted(int(device) for device in drawn)
+        drawn = rng.choice(len(devices), size=min(number, len(devices)), replace=False)
+        return [devices[position] for position in sorted(drawn)]
 
 
 def ask(
@@ -127,7 +136,7 @@ def ask(
     dict[int, DeviceProfile]
         Node id -> profile.
     """
-    messages = [Message(content(node_id), node_id, "query") for node_id in node_ids]
+    messages = [Message(content(node_id), node_id, "query", ttl=timeout) for node_id in node_ids]
     if not messages:
         return {}
     profiles: dict[int, DeviceProfile] = {}

@@ -232,7 +232,10 @@ class ECLM(FedAvg):
                     self.configrecord_key: ConfigRecord({**config, **plugin}),
                 }
             )
-            message = Message(content, self.roster.node_ids[device], message_type)
+            # A message that outlives its round would keep a straggler busy with old work.
+            message = Message(
+                content, self.roster.node_ids[device], message_type, ttl=self._timeout
+            )
             messages.append(message)
             self._requests.append(Request(message.metadata, device, selection))
             self.selections[device] = selection
@@ -310,8 +313,9 @@ class ECLM(FedAvg):
         gated = self.model.gating == "selector"
         packed = ArrayRecord()
         for key, array in self._arrays.items():
-            integers = array.dtype.startswith(("int", "uint"))
-            if (gated or key.startswith(BODY)) and not integers:
+            in_body = key.startswith(BODY)
+            floating = not in_body or self._state[key.removeprefix(BODY)].is_floating_point()
+            if (gated or in_body) and floating:
                 packed[key] = chosen.get(key, array)  # set one by one: the constructor copies
         return packed
 

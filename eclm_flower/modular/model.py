@@ -136,7 +136,8 @@ class ModularModel(nn.Module):
         Parameters
         ----------
         batches : iterable of Tensor or tuple
-            Inputs ``[B, ...]``, or tuples that start with them (a DataLoader).
+            Inputs ``[B, ...]``, or tuples that start with them (a DataLoader). From a loader of
+            dictionaries: ``(batch["img"] for batch in loader)``.
 
         Returns
         -------
@@ -298,11 +299,15 @@ def modularize(
 
 
 def _module_layers(model: nn.Module, modules: int) -> Iterator[ModuleLayer]:
+    names: set[str] = set()
     for path, block in model.named_modules():
         splits = splits_of(block)
         prefix = f"{path}." if path else ""
         for number, split in enumerate(splits):
             name = path if path and len(splits) == 1 else f"{prefix}{number}"
+            if name in names:  # a block's own path, and a number in the block around it
+                name = f"{prefix}{split.mixer}"
+            names.add(name)
             if split.units % modules:
                 fitting = [n for n in range(1, split.units + 1) if split.units % n == 0]
                 raise ModularizationError(

@@ -62,6 +62,8 @@ def prototype(
 ) -> PrototypingReport:
     """Prepare the cloud model on proxy data, in place: modules specialise, the selector learns.
 
+    Runs on the CPU: model and data must be there.
+
     Parameters
     ----------
     model : ModularModel

@@ -7,9 +7,12 @@ from federated import build_model, eclm_app, fedavg_app, grid_of
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
-from eclm_flower import ECLM, Budget
+from eclm_flower import ECLM, Budget, modularize
 from eclm_flower.errors import RequestError
+from eclm_flower.federation import Roster
 from eclm_flower.federation.messages import selection_from_config
+from eclm_flower.modular import split_between
+from eclm_flower.modular.families import register
 from eclm_flower.modular.selection import count
 
 
@@ -221,6 +224,28 @@ def garbage(arrays, metrics):
     arrays["body.0.weight"] = Array(good.dtype, good.shape, good.stype, b"garbage")
 
 
+def a_zip_archive(arrays, metrics):
+    good = arrays["body.0.weight"]
+    arrays["body.0.weight"] = Array(good.dtype, good.shape, good.stype, b"PK\x03\x04 and so on")
+
+
+def a_header_of_absurd_size(arrays, metrics):
+    good = arrays["body.0.weight"]
+    huge = b"\x93NUMPY\x01\x00v\x00" + (
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (100000000000000,), }".ljust(117)
+        + b"\n"
+    )
+    arrays["body.0.weight"] = Array(good.dtype, good.shape, good.stype, huge)
+
+
+def an_absurdly_large_array(arrays, metrics):
+    arrays["body.0.weight"] = Array(np.zeros((16, 12000), np.float32))
+
+
+def absurdly_many_examples(arrays, metrics):
+    metrics["num-examples"] = 1e308
+
+
 def no_examples(arrays, metrics):
     del metrics["num-examples"]
 
@@ -241,6 +266,10 @@ BROKEN = [
     a_surplus_key,
     a_selector,
     garbage,
+    a_zip_archive,
+    a_header_of_absurd_size,
+    an_absurdly_large_array,
+    absurdly_many_examples,
     no_examples,
     negative_examples,
     other_metrics,
@@ -351,6 +380,53 @@ def test_too_few_nodes_end_the_wait_with_a_sentence():
         ECLM(model, min_available_nodes=9).start(
             grid_of(eclm_app()), ArrayRecord(model.state_dict()), num_rounds=1, timeout=0.2
         )
+
+
+def test_devices_known_by_a_large_node_id_can_be_drawn():
+    roster = Roster(seed=0)
+    roster.node_ids = {2**63 + 5 * number: number for number in range(9)}
+    drawn = roster.draw(4, server_round=1, purpose=0)
+    assert len(drawn) == 4
+    assert drawn == sorted(set(drawn) & roster.node_ids.keys())
+
+
+def test_a_node_that_never_answers_is_not_asked_in_every_round():
+    asked = []
+    app = eclm_app()
+    query = app._registered_funcs["query.default"]
+
+    def silent(message, context):
+        if context.node_config["partition-id"] == 0:
+            asked.append(message)
+            raise RuntimeError("no answer")
+        return query(message, context)
+
+    app._registered_funcs["query.default"] = silent
+    _, result = run(build_model(), app, rounds=4)
+    assert len(asked) == 1
+    assert result.train_metrics_clientapp[4]["eclm-merged"] == 3
+
+
+def test_messages_do_not_outlive_the_round():
+    seen = []
+    run(build_model(), eclm_app(seen=seen))
+    assert {message.metadata.ttl for message in seen} == {5}
+
+
+def test_buffers_that_are_not_floating_point_stay_where_they_are():
+    class Masked(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+            self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+
+    register(Masked)(lambda block: [split_between(block, into=["0"], out_of="2")])
+    model = modularize(
+        Masked(), modules_per_layer=4, example_input=torch.zeros(1, 12), selector_share=1
+    )
+    strategy = ECLM(model)
+    strategy._take_over(ArrayRecord(model.state_dict()))
+    assert "body.mask" in strategy._arrays
+    assert "body.mask" not in strategy._pack({"0": (0, 1)})
 
 
 def test_a_bad_interval_is_refused():

@@ -35,6 +35,7 @@ def test_paths_become_absolute_for_devices_that_run_elsewhere():
     ("options", "sentence"),
     [
         ({"dataset": "mnits"}, "Expected a data set from digits"),
+        ({"devices": -1}, "--devices of at least 1, got -1"),
         ({"devices": 0}, "--devices of at least 1, got 0"),
         ({"per_round": 30}, "--per-round of at most the 20 devices, got 30"),
         ({"local_epochs": 0}, "--local-epochs of at least 1"),

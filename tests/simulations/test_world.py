@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from eclm_flower.adaptation import derive
+from simulations.client_app import _Task
 from simulations.models import MODELS, build_model
 from simulations.settings import Settings, SettingsError
 from simulations.world import World, flip_and_crop
+from strategies import METHODS
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -40,6 +42,12 @@ def test_every_device_can_afford_some_sub_model():
         budget = world.budget(device)
         selection = derive(importance, world.model.costs, budget)
         assert budget.allows(world.model.costs.of(selection))
+
+
+def test_any_seed_will_do():
+    task = _Task(World(Settings(), seed=2**40), METHODS["eclm"], device=3, server_round=2)
+    first, again, other = (task.generator(purpose).initial_seed() for purpose in (0, 0, 1))
+    assert first == again != other
 
 
 def test_photographs_are_shifted_by_at_most_four_and_flipped_whole():
