@@ -28,6 +28,8 @@ from eclm_flower.federation.roster import EVALUATE, TRAIN
 from eclm_flower.modular import ModularModel
 from strategies.method import Method
 
+_TIMEOUT = 3600.0  # seconds, as Flower's own default
+
 
 class ReproducibleFedAvg(FedAvg):
     """Flower's FedAvg with reproducible draws of devices.
@@ -56,37 +58,46 @@ class ReproducibleFedAvg(FedAvg):
         self.roster = Roster(seed, query_config)
         self._order: dict[int, int] = {}  # node id -> device
 
-    def _messages(
-        self, server_round: int, record: RecordDict, grid: Grid, purpose: int
-    ) -> list[Message]:
-        fraction, least, kind = (
-            (self.fraction_train, self.min_train_nodes, MessageType.TRAIN)
-            if purpose == TRAIN
-            else (self.fraction_evaluate, self.min_evaluate_nodes, MessageType.EVALUATE)
-        )
-        if fraction == 0:
-            return []
-        self.roster.refresh(grid, at_least=self.min_available_nodes, timeout=3600)
-        number = max(int(len(self.roster.node_ids) * fraction), least)
-        devices = self.roster.draw(number, server_round=server_round, purpose=purpose)
-        self._order = {self.roster.node_ids[device]: device for device in devices}
-        return list(self._construct_messages(record, list(self._order), kind))
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the whole model to drawn devices."""
-        config["server-round"] = server_round
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        return self._messages(server_round, record, grid, TRAIN)
+        sampling = (TRAIN, self.fraction_train, self.min_train_nodes)
+        return self._messages(server_round, arrays, config, grid, MessageType.TRAIN, *sampling)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the whole model to drawn devices."""
+        sampling = (EVALUATE, self.fraction_evaluate, self.min_evaluate_nodes)
+        return self._messages(server_round, arrays, config, grid, MessageType.EVALUATE, *sampling)
+
+    def _messages(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+        kind: str,
+        purpose: int,
+        fraction: float,
+        least: int,
+    ) -> list[Message]:
+        if fraction == 0:
+            return []
+        devices = self.roster.cohort(
+            grid,
+            fraction=fraction,
+            least=least,
+            available=self.min_available_nodes,
+            server_round=server_round,
+            purpose=purpose,
+            timeout=_TIMEOUT,
+        )
+        self._order = {self.roster.node_ids[device]: device for device in devices}
         config["server-round"] = server_round
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        return self._messages(server_round, record, grid, EVALUATE)
+        return list(self._construct_messages(record, list(self._order), kind))
 
     def _ordered(self, replies: Iterable[Message]) -> list[Message]:
         return sorted(replies, key=lambda reply: self._order.get(reply.metadata.src_node_id, -1))

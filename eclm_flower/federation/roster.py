@@ -100,6 +100,36 @@ class Roster:
             else:
                 self.node_ids[answer.device] = node_id
 
+    def cohort(
+        self,
+        grid: Grid,
+        *,
+        fraction: float,
+        least: int,
+        available: int,
+        server_round: int,
+        purpose: int,
+        timeout: float,
+    ) -> list[int]:
+        """Draw the devices of a round, as Flower's FedAvg counts them.
+
+        Parameters
+        ----------
+        grid : Grid
+            Where the nodes are.
+        fraction, least : float, int
+            Share of the devices to draw, and how many at the least.
+        available : int
+            Nodes to wait for.
+        server_round, purpose : int
+            What the draw is for: `TRAIN` or `EVALUATE` in a round.
+        timeout : float
+            Seconds to wait for nodes, and for their answers.
+        """
+        self.refresh(grid, at_least=max(available, least), timeout=timeout)
+        number = max(int(len(self.node_ids) * fraction), least)
+        return self.draw(number, server_round=server_round, purpose=purpose)
+
     def draw(self, number: int, *, server_round: int, purpose: int) -> list[int]:
         """Draw devices without replacement; the same for the same seed, round and purpose."""
         devices = sorted(self.node_ids)  # numbers can be node ids, too large for an array

@@ -194,11 +194,15 @@ class ECLM(FedAvg):
     def _draw(
         self, server_round: int, grid: Grid, purpose: int, *, fraction: float, least: int
     ) -> list[int]:
-        """Draw the devices of a round."""
-        at_least = max(self.min_available_nodes, least)
-        self.roster.refresh(grid, at_least=at_least, timeout=self._timeout)
-        number = max(int(len(self.roster.node_ids) * fraction), least)
-        return self.roster.draw(number, server_round=server_round, purpose=purpose)
+        return self.roster.cohort(
+            grid,
+            fraction=fraction,
+            least=least,
+            available=self.min_available_nodes,
+            server_round=server_round,
+            purpose=purpose,
+            timeout=self._timeout,
+        )
 
     def _requests_to(
         self,
