@@ -1,6 +1,6 @@
 """The online stage, pure: device profile, derivation, merge (paper section 5)."""
 
-from eclm_flower.adaptation.derivation import derive
+from eclm_flower.adaptation.derivation import derive, derive_all
 from eclm_flower.adaptation.merge import Weighting, merge
 from eclm_flower.adaptation.outliers import Limits
 from eclm_flower.adaptation.profile import Budget, DeviceProfile, Importance
@@ -19,5 +19,6 @@ __all__ = [
     "Weighting",
     "check_update",
     "derive",
+    "derive_all",
     "merge",
 ]

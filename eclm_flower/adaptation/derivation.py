@@ -2,21 +2,22 @@
 
 ``max sum_i Imp_i d_i  s.t.  sum_i Resource_j(i) d_i <= L_j`` for communication, computation and
 memory, d binary. The most important module of every layer is forced first; the rest is a
-multi-dimensional 0/1 knapsack, solved by HiGHS to within 0.01 % of the optimum.
+multi-dimensional 0/1 knapsack, solved for many devices at once by `best_counts`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
+from eclm_flower.adaptation.knapsack import best_counts, spending
 from eclm_flower.adaptation.profile import Budget, Importance
 from eclm_flower.errors import InfeasibleBudgetError
 from eclm_flower.modular.costs import RESOURCES, Cost, CostTable
 
 _UNITS = {"communication_bytes": "bytes", "computation_flops": "FLOPs", "memory_bytes": "bytes"}
+_TOGETHER = 256  # devices: what they need stays in the processor's cache
 
 
 def derive(importance: Importance, costs: CostTable, budget: Budget) -> dict[str, tuple[int, ...]]:
@@ -41,51 +42,84 @@ def derive(importance: Importance, costs: CostTable, budget: Budget) -> dict[str
     InfeasibleBudgetError
         The budget doesn't pay for the shared part and the most important module of every layer.
     """
-    if budget.allows(costs.whole):
-        return {name: tuple(range(number)) for name, number in costs.modules.items()}
+    (result,) = derive_all([importance], costs, [budget])
+    if isinstance(result, InfeasibleBudgetError):
+        raise result
+    return result
 
-    first = {name: int(np.argmax(importance[name])) for name in costs.modules}
-    check_affordable(costs.of({name: (module,) for name, module in first.items()}), budget)
 
-    modules = [(name, number) for name, total in costs.modules.items() for number in range(total)]
-    value = np.array([importance[name][number] for name, number in modules])
-    forced = np.array([float(first[name] == number) for name, number in modules])
-    limited, price, limit = [], [], []
-    for resource in RESOURCES:
-        free = getattr(budget, resource) - getattr(costs.shared, resource)
-        if np.isfinite(free):
-            row = np.array([getattr(costs.per_module[name], resource) for name, _ in modules])
-            scale = row.max() or 1.0  # HiGHS is at its best with numbers near 1
-            limited.append(resource)
-            price.append(row / scale)
-            limit.append(free / scale)
-    # The solver keeps limits to a tolerance of 1e-6; a budget has none, so it may need a margin.
-    margin = np.zeros(len(limited))
-    result = _best_of(importance, modules, forced)
-    while True:
-        solution = milp(
-            -value,
-            integrality=np.ones(len(value), dtype=int),
-            bounds=Bounds(forced, 1),
-            constraints=LinearConstraint(np.array(price), -np.inf, np.array(limit) - margin),
-            options={"mip_rel_gap": 1e-4},
+def derive_all(
+    importances: Sequence[Importance], costs: CostTable, budgets: Sequence[Budget]
+) -> list[dict[str, tuple[int, ...]] | InfeasibleBudgetError]:
+    """Choose the modules of many devices: what `derive` chooses for each, sooner.
+
+    Parameters
+    ----------
+    importances : sequence of dict[str, np.ndarray]
+        Of each device: layer name -> ``[N]``, larger matters more.
+    costs : CostTable
+        The cloud model's costs.
+    budgets : sequence of Budget
+        Of each device.
+
+    Returns
+    -------
+    list of dict[str, tuple[int, ...]] or InfeasibleBudgetError
+        Of each device: its modules, or why there are none.
+    """
+    results: list[dict[str, tuple[int, ...]] | InfeasibleBudgetError] = []
+    for start in range(0, len(importances), _TOGETHER):
+        part = slice(start, start + _TOGETHER)
+        results += _derive_some(importances[part], costs, budgets[part])
+    return results
+
+
+def _derive_some(
+    importances: Sequence[Importance], costs: CostTable, budgets: Sequence[Budget]
+) -> list[dict[str, tuple[int, ...]] | InfeasibleBudgetError]:
+    shared = np.array([getattr(costs.shared, resource) for resource in RESOURCES], dtype=float)
+    price = np.array(
+        [[getattr(costs.per_module[name], r) for r in RESOURCES] for name in costs.modules],
+        dtype=float,
+    )
+    limit = np.array([[getattr(budget, r) for budget in budgets] for r in RESOURCES], dtype=float)
+    least = spending(shared, price, np.ones((len(price), 1), dtype=np.int64))
+    payable = np.logical_and.reduce(least <= limit, axis=0).tolist()
+
+    devices = [device for device, pays in enumerate(payable) if pays]
+    most = max(costs.modules.values())
+    value = np.full((most, len(price), len(devices)), -np.inf)
+    ranks = []
+    for layer, (name, modules) in enumerate(costs.modules.items()):
+        own = np.array([importances[i][name] for i in devices], dtype=np.float64).reshape(
+            -1, modules
         )
-        if solution.x is None:
-            break
-        found = _best_of(importance, modules, solution.x)
-        spent = costs.of(found)
-        over = np.array([getattr(spent, name) > getattr(budget, name) for name in limited])
-        if not over.any():
-            result = found
-            break
-        margin[over] = np.maximum(2e-6, 10 * margin[over])
-    # Below its gap the solver doesn't care, and a module that is free to take is worth having.
-    for name, number in sorted(modules, key=lambda module: -importance[module[0]][module[1]]):
-        if number not in result[name]:
-            more = {**result, name: sorted((*result[name], number))}
-            if budget.allows(costs.of(more)):
-                result = more
-    return {name: tuple(numbers) for name, numbers in result.items()}
+        # Of equals the lower number goes first, so that equal profiles give equal sub-models.
+        order = np.argsort(-own, axis=1, kind="stable")
+        value[:modules, layer] = np.take_along_axis(own, order, axis=1).T
+        ranks.append(np.argsort(order, axis=1))
+    counts, _ = best_counts(value, shared, price, limit[:, devices])
+
+    selections: list[dict[str, tuple[int, ...]]] = [{} for _ in devices]
+    for name, rank, count in zip(costs.modules, ranks, counts, strict=True):
+        chosen = np.nonzero(rank < count[:, None])[1].tolist()
+        end = 0
+        for selection, number in zip(selections, count.tolist(), strict=True):
+            selection[name] = tuple(chosen[end : end + number])
+            end += number
+    following = iter(selections)
+    return [
+        next(following) if pays else _refusal(costs, budget)
+        for budget, pays in zip(budgets, payable, strict=True)
+    ]
+
+
+def _refusal(costs: CostTable, budget: Budget) -> InfeasibleBudgetError:
+    try:
+        check_affordable(costs.of(dict.fromkeys(costs.modules, (0,))), budget)
+    except InfeasibleBudgetError as error:
+        return error
+    raise AssertionError("a refused budget pays for the least sub-model")
 
 
 def check_affordable(least: Cost, budget: Budget) -> None:
@@ -108,18 +142,3 @@ def check_affordable(least: Cost, budget: Budget) -> None:
             "missing. Raise the budget or cut the model into more, smaller modules.",
             missing,
         )
-
-
-def _best_of(
-    importance: Importance, modules: list[tuple[str, int]], chosen: np.ndarray
-) -> dict[str, list[int]]:
-    """Keep the number of modules chosen in each layer, and take the most important of them.
-
-    Modules of a layer cost the same; ties go to the lower number, so that equal profiles give equal
-    sub-models.
-    """
-    count = Counter(name for (name, _), taken in zip(modules, chosen, strict=True) if taken > 0.5)
-    return {
-        name: sorted(np.argsort(-importance[name], kind="stable")[:number].tolist())
-        for name, number in count.items()
-    }

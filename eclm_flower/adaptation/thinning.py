@@ -1,7 +1,7 @@
 """Which modules a device goes on with when its budget falls: the others leave one by one.
 
-Greedy, because a device decides in the middle of training: the exact knapsack of `derive` can take
-200 ms with several budgets at once, this takes about one.
+Greedy, because a device decides in the middle of training: the search of `derive` takes several
+milliseconds for a deep model, this takes about one.
 """
 
 from __future__ import annotations
