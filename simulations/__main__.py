@@ -10,11 +10,39 @@ from click.core import ParameterSource
 from typer import Option
 
 from simulations.presets import known_presets, read_preset
-from simulations.settings import Settings, SettingsError, engines
+from simulations.settings import Settings, SettingsError, engines, split_list
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 _DEFAULT = Settings()
 _SUITED = "-1: what suits the data set."
+
+# Options of more than one command.
+Dataset = Annotated[
+    str,
+    Option(
+        help="digits, hapt, cifar10, cifar100, mnist, speech, or the path of a .npz with "
+        "x, y, optional device and boolean test."
+    ),
+]
+DataDir = Annotated[str, Option(help="Folder with one folder per data set; else Hugging Face.")]
+Model = Annotated[str, Option(help="auto, mlp, slim-resnet, resnet18 or resnet34.")]
+Modules = Annotated[int, Option(help="Modules a layer.")]
+Devices = Annotated[int, Option(help="Devices in the fleet.")]
+ClassesPerDevice = Annotated[
+    int, Option(help=f"Label skew: m classes a device; 0: the data's own partition. {_SUITED}")
+]
+Alpha = Annotated[float, Option(help="Dirichlet division by class; 0: none.")]
+FeatureShift = Annotated[
+    str, Option(help="Views of the data that the cloud knows, or new ones: none, known, new.")
+]
+Views = Annotated[str, Option(help="Comma separated; else all that suit the data.")]
+Strength = Annotated[int, Option(help="Of the views, 1 to 5.")]
+Epochs = Annotated[int, Option(help=f"Offline: epochs of the whole model. {_SUITED}")]
+EnhancingEpochs = Annotated[
+    int, Option(help=f"Offline: epochs of sub-models as deployed. {_SUITED}")
+]
+Seeds = Annotated[str, Option(help="Comma separated seeds.")]
+Out = Annotated[str, Option(help="Folder for the results.")]
 
 
 @cli.callback()
@@ -32,20 +60,10 @@ def run(
             f"{', '.join(known_presets())}, or the path of a .toml."
         ),
     ] = "",
-    dataset: Annotated[
-        str,
-        Option(
-            help="digits, hapt, cifar10, cifar100, mnist, speech, or the path of a .npz with "
-            "x, y, optional device and boolean test."
-        ),
-    ] = _DEFAULT.dataset,
-    data_dir: Annotated[
-        str, Option(help="Folder with one folder per data set; else Hugging Face.")
-    ] = _DEFAULT.data_dir,
-    model: Annotated[
-        str, Option(help="auto, mlp, slim-resnet, resnet18 or resnet34.")
-    ] = _DEFAULT.model,
-    modules: Annotated[int, Option(help="Modules a layer.")] = _DEFAULT.modules,
+    dataset: Dataset = _DEFAULT.dataset,
+    data_dir: DataDir = _DEFAULT.data_dir,
+    model: Model = _DEFAULT.model,
+    modules: Modules = _DEFAULT.modules,
     strategies: Annotated[
         str, Option(help="Comma separated, or all; see docs/rivals.md.")
     ] = "eclm,fedavg",
@@ -53,7 +71,7 @@ def run(
     fleet: Annotated[
         str, Option(help="phones, boards, mixed, or uniform:SHARE for equal budgets.")
     ] = _DEFAULT.fleet,
-    devices: Annotated[int, Option(help="Devices in the fleet.")] = _DEFAULT.devices,
+    devices: Devices = _DEFAULT.devices,
     per_round: Annotated[int, Option(help="Devices that train in a round.")] = _DEFAULT.per_round,
     availability: Annotated[
         float, Option(help="Share of the time a device can be reached.")
@@ -72,28 +90,22 @@ def run(
     ] = _DEFAULT.local_epochs,
     learning_rate: Annotated[float, Option(help=f"Learning rate on devices. {_SUITED}")] = -1,
     batch_size: Annotated[int, Option(help="Batch size on devices.")] = _DEFAULT.batch_size,
-    classes_per_device: Annotated[
-        int, Option(help=f"Label skew: m classes a device; 0: the data's own partition. {_SUITED}")
-    ] = -1,
-    alpha: Annotated[float, Option(help="Dirichlet division by class; 0: none.")] = _DEFAULT.alpha,
-    feature_shift: Annotated[
-        str, Option(help="Views of the data that the cloud knows, or new ones: none, known, new.")
-    ] = _DEFAULT.feature_shift,
-    views: Annotated[str, Option(help="Comma separated; else all that suit the data.")] = "",
-    strength: Annotated[int, Option(help="Of the views, 1 to 5.")] = _DEFAULT.strength,
-    epochs: Annotated[int, Option(help=f"Offline: epochs of the whole model. {_SUITED}")] = -1,
-    enhancing_epochs: Annotated[
-        int, Option(help=f"Offline: epochs of sub-models as deployed. {_SUITED}")
-    ] = -1,
+    classes_per_device: ClassesPerDevice = -1,
+    alpha: Alpha = _DEFAULT.alpha,
+    feature_shift: FeatureShift = _DEFAULT.feature_shift,
+    views: Views = "",
+    strength: Strength = _DEFAULT.strength,
+    epochs: Epochs = -1,
+    enhancing_epochs: EnhancingEpochs = -1,
     module_cache: Annotated[
         bool, Option(help="Devices keep modules, and are sent only what is new to them.")
     ] = _DEFAULT.module_cache,
     evaluate_every: Annotated[
         int, Option(help="Rounds between evaluations of all devices.")
     ] = _DEFAULT.evaluate_every,
-    seeds: Annotated[str, Option(help="Comma separated seeds.")] = "0",
+    seeds: Seeds = "0",
     engine: Annotated[str, Option(help="ray or in-process.")] = "ray",
-    out: Annotated[str, Option(help="Folder for the results.")] = _DEFAULT.out,
+    out: Out = _DEFAULT.out,
     resume: Annotated[
         bool, Option("--resume", help="Do what an interrupted run in --out left undone.")
     ] = False,
@@ -115,6 +127,50 @@ def run(
         run_on(settings, engine, verbose=verbose)  # type: ignore[arg-type]
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command with --resume goes on from here.")
+
+
+@cli.command()
+def ceiling(
+    dataset: Dataset = _DEFAULT.dataset,
+    data_dir: DataDir = _DEFAULT.data_dir,
+    model: Model = _DEFAULT.model,
+    modules: Modules = _DEFAULT.modules,
+    devices: Devices = _DEFAULT.devices,
+    classes_per_device: ClassesPerDevice = -1,
+    alpha: Alpha = _DEFAULT.alpha,
+    feature_shift: FeatureShift = _DEFAULT.feature_shift,
+    views: Views = "",
+    strength: Strength = _DEFAULT.strength,
+    epochs: Epochs = -1,
+    enhancing_epochs: EnhancingEpochs = -1,
+    budgets: Annotated[
+        str, Option(help="Comma separated shares of the modules that devices hold.")
+    ] = "0.25,0.125",
+    most_devices: Annotated[
+        int, Option(min=1, help="Devices of different sub-tasks to look at, for each seed.")
+    ] = 8,
+    seeds: Seeds = "0",
+    out: Out = "runs/ceiling",
+) -> None:
+    """Tell how much specialising can gain on some data, before any device trains."""
+    options = dict(locals())
+    shares, most_devices = _shares(options.pop("budgets")), options.pop("most_devices")
+    settings = Settings.suited(**options, per_round=1)  # the devices train in no round
+    from rich.console import Console
+
+    from simulations.ceiling import run_ceiling
+
+    run_ceiling(settings, shares, most_devices=most_devices, console=Console())
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in split_list(text))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise SettingsError(f"Expected --budgets as shares in (0, 1], like 0.25, got '{text}'.")
+    return shares
 
 
 def main() -> None:

@@ -6,6 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eclm_flower.prototyping.proxy import Augment
+from simulations.world import World
+
+
+def augmentation_of(world: World) -> Augment | None:
+    """Return the augmentation of the offline stage: of photographs, none of anything else."""
+    shape = world.environment.input_shape
+    photographs = world.environment.images and len(shape) == 3 and shape[0] == 3
+    return flip_and_crop if photographs else None
+
 
 def flip_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
     """Flip and shift photographs at random, each its own way: ``[B, C, y, x]``, padding 4."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from eclm_flower import PrototypingConfig, prototype
 from eclm_flower.modular import ModularModel
 from eclm_flower.prototyping import accuracy
-from simulations.augmentation import flip_and_crop
+from simulations.augmentation import augmentation_of
 from simulations.world import World, usual_shares
 from strategies.offline import Offline, prepare
 
@@ -68,7 +68,7 @@ class OfflineStage:
             environment.proxy(),
             sub_tasks=environment.proxy_sub_tasks,
             config=config,
-            augment=flip_and_crop if _photographs(self._world) else None,
+            augment=augmentation_of(self._world),
         )
 
     def _prepare(self, model: ModularModel, kind: Offline) -> None:
@@ -80,7 +80,7 @@ class OfflineStage:
             offline=kind,
             config=config_of(self._world),
             sub_tasks=environment.proxy_sub_tasks,
-            augment=flip_and_crop if _photographs(self._world) else None,
+            augment=augmentation_of(self._world),
         )
 
     def _measure(self, model: ModularModel, name: str) -> None:
@@ -131,8 +131,3 @@ def _sub_tasks_seen(world: World) -> int:
         held = [len(world.data(device, 0).classes) for device in range(settings.devices)]
         return min(number, int(np.ceil(np.mean(held))))
     return min(number, settings.classes_per_device or 1)
-
-
-def _photographs(world: World) -> bool:
-    shape = world.environment.input_shape
-    return world.environment.images and len(shape) == 3 and shape[0] == 3

@@ -59,6 +59,9 @@ class PrototypingConfig:
         Epochs of the last stage: sub-models as deployed, or the paper's ability enhancing.
     enhancing_learning_rate : float (default: 0.025)
         Peak, same schedule.
+    delta_rate : float (default: 3.0)
+        Learning rate of delta modules in this stage, as a multiple: each learns from the devices of
+        its sub-task alone. Not in the paper.
     kl_weight : float (default: 1.0)
         lambda of the KL term in ability enhancing (``method="paper"``). Paper: not stated.
     balance_weight : float (default: 0.01)
@@ -101,6 +104,7 @@ class PrototypingConfig:
     selector_learning_rate: float = 2e-3
     enhancing_epochs: int = 9
     enhancing_learning_rate: float = 0.025
+    delta_rate: float = 3.0
     kl_weight: float = 1.0
     balance_weight: float = 0.01
     gate_noise: float = 1.0
@@ -129,7 +133,14 @@ class PrototypingConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise PrototypingError(f"Expected {name} >= 1, got {getattr(self, name)}.")
-        for name in ("epochs", "selector_epochs", "enhancing_epochs", "core_modules", "gate_noise"):
+        for name in (
+            "epochs",
+            "selector_epochs",
+            "enhancing_epochs",
+            "core_modules",
+            "gate_noise",
+            "delta_rate",
+        ):
             if getattr(self, name) < 0:
                 raise PrototypingError(f"Expected {name} >= 0, got {getattr(self, name)}.")
         for name in ("core_share", "smoothing", "distillation"):

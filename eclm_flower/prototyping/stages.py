@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +24,7 @@ from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.selector import top_k_gates
 from eclm_flower.prototyping.config import PrototypingConfig
+from eclm_flower.prototyping.deltas import DeltaModules, equal_mixture
 from eclm_flower.prototyping.gating_noise import balance_loss, noisy
 from eclm_flower.prototyping.proxy import ProxyData
 
@@ -36,9 +37,13 @@ class _Descent:
     """SGD with Nesterov momentum, clipped gradients, warm-up and cosine decay."""
 
     def __init__(
-        self, network: nn.Module, config: PrototypingConfig, learning_rate: float, steps: int
+        self,
+        parameters: Iterable[Tensor],
+        config: PrototypingConfig,
+        learning_rate: float,
+        steps: int,
     ) -> None:
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.clip_norm = config.clip_norm
         self.optimizer = torch.optim.SGD(
             self.parameters,
@@ -71,11 +76,18 @@ def train_whole(
 ) -> Stage:
     """Train the whole model, all gates 1: what a team does before it hears of ECLM."""
     model.train()
+    yield from train_network(model.body, data, config, generator)
+
+
+def train_network(
+    network: nn.Module, data: ProxyData, config: PrototypingConfig, generator: torch.Generator
+) -> Stage:
+    """Train a network as it is, in the mode it is in."""
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
-    descent = _Descent(model.body, config, config.learning_rate, steps)
+    descent = _Descent(network.parameters(), config, config.learning_rate, steps)
     for _ in range(config.epochs):
         losses = [
-            descent.step(F.cross_entropy(model.body(x), y))
+            descent.step(F.cross_entropy(network(x), y))
             for x, y, _ in data.shuffled(config.batch_size, generator)
         ]
         yield float(np.mean(losses))
@@ -87,7 +99,7 @@ def train_end_to_end(
     """Train modules and selector together: cross-entropy + lambda * load balance (section 4.2)."""
     model.train()
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
-    descent = _Descent(model, config, config.learning_rate, steps)
+    descent = _Descent(model.parameters(), config, config.learning_rate, steps)
     done = 0
     for _ in range(config.epochs):
         losses = []
@@ -116,7 +128,7 @@ def enhance_abilities(
     """Fine-tune modules and selector: cross-entropy + lambda * KL(P || g) (section 4.3)."""
     model.train()
     steps = config.enhancing_epochs * math.ceil(len(data) / config.batch_size)
-    descent = _Descent(model, config, config.enhancing_learning_rate, steps)
+    descent = _Descent(model.parameters(), config, config.enhancing_learning_rate, steps)
     for _ in range(config.enhancing_epochs):
         losses = []
         for x, y, tasks in data.shuffled(config.batch_size, generator):
@@ -187,6 +199,8 @@ def train_as_deployed(
     choose: Choice,
     config: PrototypingConfig,
     generator: torch.Generator,
+    *,
+    deltas: DeltaModules | None = None,
 ) -> Stage:
     """Train sub-models the way devices will hold them (not in the paper).
 
@@ -199,24 +213,19 @@ def train_as_deployed(
     ----------
     choose : callable
         What the online stage will send to whom.
+    deltas : DeltaModules, optional
+        Differences to train on the same batches, merged into the sub-models. The model trains as it
+        does without them, to the last bit, so that a scale of 0 is no loss.
     """
     rng = np.random.default_rng(config.seed)
     whole_logits = _logits(model, data, config) if config.distillation else None
-
-    def budget(share: float) -> Budget:
-        share = max(share, model.costs.least_share)
-        shares = dict.fromkeys(("communication_bytes", "computation_flops"), share)
-        return Budget.share_of(model.costs, **shares)
 
     def labelled(rows: list[int]) -> tuple[Tensor, Tensor]:
         (x, y, _), *_ = data.batches([rows])
         return data.augmented(x, generator), y
 
-    def device_loss(sub_tasks: tuple[int, ...], share: float) -> Tensor:
-        rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
-        x, y = labelled(rows)
-        selection = choose(sub_tasks, budget(share), rng)
-        logits = functional_call(model.body, model.narrowed_state(selection), (x,))
+    def loss_of(state: Mapping[str, Tensor], x: Tensor, y: Tensor, rows: list[int]) -> Tensor:
+        logits = functional_call(model.body, dict(state), (x,))
         loss = F.cross_entropy(logits, y)
         if whole_logits is not None:
             t = config.temperature
@@ -230,26 +239,49 @@ def train_as_deployed(
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
-    descent = _Descent(
-        model.body,
-        config,
-        config.enhancing_learning_rate,
-        config.enhancing_epochs * steps_per_epoch,
-    )
+    steps, rate = config.enhancing_epochs * steps_per_epoch, config.enhancing_learning_rate
+    descent = _Descent(model.body.parameters(), config, rate, steps)
+    if deltas is not None:
+        differences = deltas.tensors.values()
+        delta_descent = _Descent(differences, config, config.delta_rate * rate, steps)
     everything = range(data.num_sub_tasks)
-    least, most = (min(number, data.num_sub_tasks) for number in config.sub_tasks_per_device)
     shares = itertools.cycle(config.budget_shares)
     for _ in range(config.enhancing_epochs):
         losses = []
         for _ in range(steps_per_epoch):
             x, y = labelled(data.device_rows(everything, config.whole_samples, rng))
-            parts = [F.cross_entropy(model.body(x), y)]
+            parts, delta_parts = [F.cross_entropy(model.body(x), y)], []
             for share in itertools.islice(shares, config.devices_per_step):
-                number = int(rng.integers(least, most + 1))
-                sub_tasks = np.sort(rng.choice(data.num_sub_tasks, number, replace=False))
-                parts.append(device_loss(tuple(sub_tasks.tolist()), share))
+                sub_tasks = draw_sub_tasks(data.num_sub_tasks, config, rng)
+                rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
+                x, y = labelled(rows)
+                selection = choose(sub_tasks, budget_of(model.costs, share), rng)
+                state = model.narrowed_state(selection)
+                parts.append(loss_of(state, x, y, rows))
+                if deltas is not None:
+                    shared = {key: tensor.detach() for key, tensor in state.items()}
+                    mixture = equal_mixture(sub_tasks, data.num_sub_tasks)
+                    merged = deltas.merged(shared, selection, mixture)
+                    delta_parts.append(loss_of(merged, x, y, rows))
             losses.append(descent.step(torch.stack(parts).mean()))
+            if deltas is not None:
+                delta_descent.step(torch.stack(delta_parts).mean())
         yield float(np.mean(losses))
+
+
+def budget_of(costs: CostTable, share: float) -> Budget:
+    """Return the budget of a simulated device that holds a share of the modules, one at least."""
+    share = max(share, costs.least_share)
+    return Budget.share_of(costs, communication_bytes=share, computation_flops=share)
+
+
+def draw_sub_tasks(
+    number: int, config: PrototypingConfig, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Draw the sub-tasks of a simulated device, out of a number of them."""
+    least, most = (min(seen, number) for seen in config.sub_tasks_per_device)
+    drawn = rng.choice(number, int(rng.integers(least, most + 1)), replace=False)
+    return tuple(np.sort(drawn).tolist())
 
 
 @torch.no_grad()
