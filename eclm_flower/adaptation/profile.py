@@ -15,7 +15,7 @@ Importance = Mapping[str, np.ndarray]
 """Layer name -> float64 ``[N]``, non-negative, sums to 1 (paper section 5.1)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # the cloud keeps one of every device
 class Budget:
     """What a device can spend on a sub-model; infinity where it need not care.
 
@@ -68,7 +68,7 @@ class Budget:
         return all(getattr(cost, name) <= getattr(self, name) for name in RESOURCES)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # the cloud keeps one of every device
 class DeviceProfile:
     """A device's answer to the cloud's query (paper section 5.1).
 

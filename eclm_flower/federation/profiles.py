@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from logging import WARNING
 from typing import Literal
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from eclm_flower.adaptation.profile import DeviceProfile
 from eclm_flower.errors import ReplyError
-from eclm_flower.federation.exchange import Deadline, exchange, failure, last_line
+from eclm_flower.federation.exchange import Deadline, failure, last_line, stream
 from eclm_flower.federation.messages import profile_from_content
 from eclm_flower.federation.traffic import Traffic
 from eclm_flower.modular.costs import CostTable
@@ -156,6 +156,8 @@ def ask(
 ) -> tuple[dict[int, DeviceProfile], Counter[str]]:
     """Ask nodes for their profiles; those that fail to answer are left out, with a log line.
 
+    Questions are made when they are sent, and answers read as they come: none is kept.
+
     Parameters
     ----------
     grid : Grid
@@ -178,16 +180,27 @@ def ask(
     Counter
         The others by reason, keyed as by `replies.Replies`.
     """
-    ttl = until.left + TTL_MARGIN
-    messages = [Message(content(node_id), node_id, "query", ttl=ttl) for node_id in node_ids]
-    replies = exchange(grid, messages, until=until, traffic=traffic)
-    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    asked: dict[str, int] = {}  # message id -> node id
+    sent: list[Metadata] = []
+
+    def questions() -> Iterator[Message]:
+        for node_id in node_ids:
+            ttl = until.left + TTL_MARGIN
+            message = Message(content(node_id), node_id, "query", ttl=ttl)
+            sent.append(message.metadata)
+            yield message
+
     profiles: dict[int, DeviceProfile] = {}
     losses: Counter[str] = Counter()
-    for answer in replies:
+    silent = dict.fromkeys(node_ids)
+    for answer in stream(grid, questions(), until=until, traffic=traffic):
+        # Flower has written the ids into the metadata of what was sent by now.
+        asked.update((metadata.message_id, metadata.dst_node_id) for metadata in sent)
+        sent.clear()
         node_id = asked.pop(answer.metadata.reply_to_message_id, None)
         if node_id is None:
             continue
+        del silent[node_id]
         if answer.has_error():
             log(WARNING, "Node %s did not tell its profile: %s", node_id, last_line(answer))
             losses.update(("failed", f"failed-{failure(answer.error)}"))
@@ -197,7 +210,7 @@ def ask(
         except ReplyError as error:
             log(WARNING, "Profile of node %s is refused: %s", node_id, error)
             losses.update(("refused", f"refused-{error.reason}"))
-    for node_id in asked.values():
+    for node_id in silent:
         log(WARNING, "Node %s did not tell its profile in time.", node_id)
         losses["silent"] += 1
     return dict(sorted(profiles.items(), key=lambda item: item[1].device)), losses

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from logging import INFO, WARNING
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
@@ -22,6 +23,11 @@ from eclm_flower.federation.profiles import ask
 TRAIN, EVALUATE = 0, 1  #: purposes of a draw
 _POLL_SECONDS = 0.1
 _LONGEST_PAUSE = 8  # greetings; a node that never says who it is must not stall every round
+
+
+class _Missed(NamedTuple):
+    times: int  # greetings in a row that a node did not answer
+    next: int  # the greeting in which it is asked again
 
 
 class Roster:
@@ -51,8 +57,7 @@ class Roster:
         self.node_ids: dict[int, int] = {}
         self.budgets: dict[int, Budget] = {}
         self._greetings = 0
-        self._missed: dict[int, int] = {}  # node id -> greetings that it did not answer
-        self._next: dict[int, int] = {}  # node id -> the greeting in which it is asked again
+        self._missed: dict[int, _Missed] = {}  # node id -> what it did not answer
         self._claims: dict[int, int] = {}  # node id -> the device it says it is, as another does
 
     def refresh(self, grid: Grid, *, at_least: int, timeout: float) -> None:
@@ -97,24 +102,29 @@ class Roster:
         never does stalls few rounds; in each while fewer than `at_least` devices are known.
         """
         connected = set(grid.get_node_ids())
-        self.node_ids = {d: node for d, node in self.node_ids.items() if node in connected}
+        for device in [d for d, node in self.node_ids.items() if node not in connected]:
+            del self.node_ids[device]
         self._claims = {node: d for node, d in self._claims.items() if node in connected}
         # Who left and comes back is asked at once, like anyone new.
         self._missed = {node: times for node, times in self._missed.items() if node in connected}
         self._greetings += 1
+        connected.difference_update(self.node_ids.values(), self._claims)
         new = [
             node
-            for node in sorted(connected - set(self.node_ids.values()) - self._claims.keys())
+            for node in sorted(connected)
             if len(self.node_ids) < at_least
             or node not in self._missed
-            or self._greetings >= self._next[node]
+            or self._greetings >= self._missed[node].next
         ]
         who = RecordDict({"config": ConfigRecord({**self.query_config, **self.greeting})})
         answers, _ = ask(grid, new, lambda _: who, until=until)
         for node_id in new:
-            self._missed[node_id] = 0 if node_id in answers else self._missed.get(node_id, 0) + 1
-            pause = min(2 ** max(0, self._missed[node_id] - 1), _LONGEST_PAUSE)
-            self._next[node_id] = self._greetings + pause
+            if node_id in answers:
+                self._missed.pop(node_id, None)
+                continue
+            times = 1 + (self._missed[node_id].times if node_id in self._missed else 0)
+            pause = min(2 ** (times - 1), _LONGEST_PAUSE)
+            self._missed[node_id] = _Missed(times, self._greetings + pause)
         for node_id, answer in answers.items():
             self._claims[node_id] = answer.device
             self.budgets[answer.device] = answer.budget
