@@ -31,15 +31,13 @@ from eclm_flower import Budget, modularize, receive, reply
 from eclm_flower.adaptation import DeviceProfile, Limits, derive, merge
 from eclm_flower.errors import InfeasibleBudgetError, ReplyError
 from eclm_flower.federation import InProcessGrid
+from eclm_flower.federation.cloud import CloudModel
 from eclm_flower.federation.messages import (
     BATCH_NORM,
-    BODY,
     profile_from_content,
     profile_to_metrics,
-    selection_to_config,
-    to_array,
 )
-from eclm_flower.federation.replies import Request, read_training
+from eclm_flower.federation.replies import Request, Training
 from eclm_flower.modular import ModularModel
 from eclm_flower.modular.selection import count
 
@@ -100,7 +98,9 @@ class _Cloud:
     def __init__(self) -> None:
         InProcessGrid(ClientApp(), 1)  # messages can only be made inside a run
         self.model = _model()
-        self.state = self.model.body.state_dict()
+        arrays = ArrayRecord(self.model.state_dict())
+        self.cloud = CloudModel.opened(self.model, arrays, version=0)
+        self.state = self.cloud.state
         self.layers = list(self.model.layers.values())
         self.selection = {"0": (0, 2, 3)}
         self.importance = {name: np.full(4, 0.25) for name in self.selection}
@@ -111,20 +111,15 @@ class _Cloud:
         )
         self.messages = [self._question(device) for device in range(HONEST + 1)]
         self.requests = [
-            Request(message.metadata, device, self.selection)
+            Request(device, self.selection, message.metadata)
             for device, message in enumerate(self.messages)
         ]
         self.replies = [self._answer(device) for device in range(HONEST + 1)]
 
     def _question(self, device: int) -> Message:
-        sub_model = self.model.sub_model(self.selection)
-        arrays = {
-            f"{BODY}{key}": to_array(tensor)
-            for key, tensor in sub_model.state_dict().items()
-            if tensor.is_floating_point()
-        }
-        config = {**selection_to_config(self.selection), BATCH_NORM: "frozen"}
-        content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
+        arrays, what_it_is = self.cloud.pack(self.selection)
+        config = ConfigRecord({**what_it_is, BATCH_NORM: "frozen"})
+        content = RecordDict({"arrays": arrays, "config": config})
         message = Message(content, dst_node_id=device + 1, message_type="train")
         message.metadata.__dict__["_message_id"] = f"question {device}"
         return message
@@ -141,7 +136,7 @@ class _Cloud:
     def fingerprint(self) -> str:
         """Digest of all that must not change."""
         digest = hashlib.sha256(repr((self.selection, self.importance)).encode())
-        for tensor in self.model.state_dict().values():
+        for tensor in (*self.model.state_dict().values(), *self.state.values()):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
@@ -159,7 +154,7 @@ class _Cloud:
                 answers = [Message(Error(int(rng.integers(300))), reply_to=self.messages[FUZZED])]
             case 3:
                 answers[0].metadata.__dict__["_reply_to_message_id"] = "a question of yesterday"
-        read = read_training(
+        training = Training(
             [*self.replies[:FUZZED], *answers],
             self.requests,
             state=self.state,
@@ -169,12 +164,12 @@ class _Cloud:
             weighted_by_key="num-examples",
             limits=Limits(),
         )
-        assert set(range(HONEST)) <= read.contents.keys(), "an honest device was refused"
-        if FUZZED in read.contents:
-            merged = merge(self.state, read.updates, self.layers)
+        merged = merge(self.state, iter(training), self.layers)
+        assert set(range(HONEST)) <= training.metrics.keys(), "an honest device was refused"
+        if FUZZED in training.metrics:
             assert all(_fits(merged[key], tensor) for key, tensor in self.state.items())
             return "accepted"
-        return max(read.counts, key=len)  # "refused-<reason>" rather than "refused"
+        return max(training.done().counts, key=len)  # "refused-<reason>" rather than "refused"
 
     def read_profile(self, rng: np.random.Generator) -> str:
         """Break a profile, read it, and derive what it asks for."""

@@ -42,7 +42,6 @@ Reason = Literal[
     "budget",
     "device",
     "dtype",
-    "duplicate",
     "examples",
     "importance",
     "keys",

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from eclm_flower import profile
 from eclm_flower.federation.cache import ModuleCache
+from eclm_flower.federation.differences import ErrorFeedback
 from eclm_flower.modular.selection import count
 from simulations.accuracies import accuracies
 from simulations.clock import seconds_of_work
@@ -28,7 +29,7 @@ from strategies.method import Method
 
 app = ClientApp()
 
-_TRAIN, _ADAPT, _SELECT = 0, 1, 2  # purposes of a device's random numbers
+TRAIN, ADAPT, SELECT = 0, 1, 2  # purposes of a device's random numbers
 
 
 class _ReadOnlyCache(ModuleCache):
@@ -66,9 +67,7 @@ class _Task:
 
     def generator(self, purpose: int) -> torch.Generator:
         """Random numbers of this device, moment and purpose alone."""
-        entropy = [self.world.seed, self.device, self.moment, purpose]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        return torch.Generator().manual_seed(seed)
+        return generator_of(self.world.seed, self.device, self.moment, purpose)
 
     def cache(self, *, stores: bool = True) -> ModuleCache | None:
         """Return the device's module cache, if it has one."""
@@ -88,13 +87,23 @@ class _Task:
         if not msg.content.array_records:
             msg, state = opened(self.folder, msg)
         cache = self.cache(stores=stores)
-        options = {} if cache is None or state is not None else {"cache": cache}
+        options: dict[str, object] = {}
+        if cache is not None and state is None:
+            options["cache"] = cache
+        if self.method.feedback:
+            options["feedback"] = ErrorFeedback(self.folder / "lost")
         model = self.method.receive(msg, self.world.model, **options)
         if state is not None:
             model.load_state_dict(state)
         data = self.world.data(self.device, self.step)
-        self.method.select(model, data.train, self.generator(_SELECT))
+        self.method.select(model, data.train, self.generator(SELECT))
         return msg, model
+
+
+def generator_of(seed: int, device: int, moment: int, purpose: int) -> torch.Generator:
+    """Random numbers of a run's seed, a device, a moment and a purpose alone."""
+    entropy = [seed, device, moment, purpose]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def _task(msg: Message, context: Context) -> _Task:
@@ -139,7 +148,7 @@ def train(msg: Message, context: Context) -> Message:
     data = task.world.data(task.device, task.step).train
     with one_thread():
         _, model = task.opened(msg)
-        loss = task.method.adapt(model, data, task.world.settings, task.generator(_TRAIN))
+        loss = task.method.adapt(model, data, task.world.settings, task.generator(TRAIN))
     return task.method.reply(
         msg, model, num_examples=len(data), metrics={"loss": loss, "device": task.device}
     )
@@ -155,7 +164,7 @@ def evaluate(msg: Message, context: Context) -> Message:
         original, model = task.opened(msg, stores=task.delivery)
         before = after = accuracies(model, data.test, data.classes)
         if task.local:
-            task.method.adapt(model, data.train, settings, task.generator(_ADAPT))
+            task.method.adapt(model, data.train, settings, task.generator(ADAPT))
             after = accuracies(model, data.test, data.classes)
         shifted = (math.nan, math.nan)
         if task.delivery and settings.phase(task.step + 1) > settings.phase(task.step):

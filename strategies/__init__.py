@@ -7,7 +7,7 @@ simulation's, and the same for all.
 
 from __future__ import annotations
 
-from strategies import eclm_ablations
+from strategies import eclm_ablations, eclm_precision
 from strategies.adaptivenet import METHOD as ADAPTIVENET
 from strategies.clusters import METHOD as CLUSTERS
 from strategies.eclm import METHOD as ECLM
@@ -40,6 +40,8 @@ METHODS: dict[str, Method] = {
         eclm_ablations.NO_IMPORTANCE,
         eclm_ablations.NO_ENHANCING,
         eclm_ablations.UNIFORM_MERGE,
+        eclm_precision.HALF,
+        eclm_precision.EIGHT_BIT,
     )
 }
 

@@ -16,16 +16,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from eclm_flower import receive, reply
 from eclm_flower.adaptation import DeviceProfile, Update, merge
 from eclm_flower.federation.client import selection_of
-from eclm_flower.federation.messages import BODY, to_array
 from eclm_flower.modular import ModularModel, Selection
 from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.modes import evaluating
@@ -114,28 +114,23 @@ class Clusters(Nested):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge each model from the devices that chose it."""
-        return super().aggregate_train(server_round, [self._completed(reply) for reply in replies])
+        return super().aggregate_train(server_round, (self._completed(reply) for reply in replies))
 
     def _completed(self, reply: Message) -> Message:
         """Add to a reply the models that its device did not train, as it got them."""
         device_at = {node: device for device, node in self.roster.node_ids.items()}
         device = device_at.get(reply.metadata.src_node_id)
         if reply.has_content() and device in self.selections:
+            metrics = next(iter(reply.content.metric_records.values()), MetricRecord())
             for record in reply.content.array_records.values():
-                for key, tensor in self._sent(self.selections[device]).items():
-                    if f"{BODY}{key}" not in record:
-                        record[f"{BODY}{key}"] = to_array(tensor)
+                sent, _ = self.cloud.pack(self.selections[device])
+                for key in record.keys() & sent.keys():
+                    record[key] = with_block(sent[key], record[key], metrics.get(_CHOSEN))
         return reply
 
-    def _sent(self, selection: Selection) -> dict[str, Tensor]:
-        sent = {key: tensor for key, tensor in self.state.items() if tensor.is_floating_point()}
-        for layer in self.model.layers.values():
-            for key in layer.axes.keys() & sent.keys():
-                sent[key] = layer.take(key, sent[key], selection[layer.name])
-        return sent
-
-    def merge(self, updates: list[Update]) -> dict[str, Tensor]:
+    def merge(self, updates: Iterable[Update]) -> dict[str, Tensor]:
         """Merge cluster by cluster; a model nobody chose stays as it is."""
+        updates = list(updates)
         result = dict(self.state)
         layers = self.model.layers.values()
         for cluster in range(CLUSTERS):
@@ -143,6 +138,20 @@ class Clusters(Nested):
             merged = merge(self.state, own, layers, weighting="examples")
             result.update({k: t for k, t in merged.items() if k.startswith(f"{cluster}.")})
         return result
+
+
+def with_block(whole: Array, block: Array, cluster: object) -> Array:
+    """Return a part of all models with one model's replaced; a block that doesn't fit, as it is.
+
+    The tensors of a part lie end to end, model by model, and all models are alike.
+    """
+    values = whole.numpy().copy()
+    size = len(values) // CLUSTERS
+    if cluster not in range(CLUSTERS) or list(block.shape) != [size]:
+        return block  # to be refused
+    start = int(cluster) * size  # type: ignore[call-overload]
+    values[start : start + size] = block.numpy()
+    return Array(values)
 
 
 def _receive(msg: Message, model: ModularModel) -> nn.Module:
@@ -172,9 +181,9 @@ def _reply(msg: Message, model: Bodies | None = None, **answer: Any) -> Message:
         return reply(msg, **answer)
     metrics = {**(answer.pop("metrics", None) or {}), _CHOSEN: model.chosen}
     whole = reply(msg, model, metrics=metrics, **answer)
-    for name, record in whole.content.array_records.items():
-        own = f"{BODY}{model.chosen}."
-        whole.content[name] = ArrayRecord({k: a for k, a in record.items() if k.startswith(own)})
+    for record in whole.content.array_records.values():
+        for key, array in record.items():
+            record[key] = Array(np.split(array.numpy(), CLUSTERS)[model.chosen])
     return whole
 
 

@@ -19,7 +19,7 @@ train as in every other method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,8 +50,9 @@ class HeteroFL(Nested):
         levels = [0.5**halved for halved in range(halvings)]
         return window(costs, numbers_within(costs, profile.budget, shares=levels))
 
-    def merge(self, updates: list[Update]) -> dict[str, Tensor]:
+    def merge(self, updates: Iterable[Update]) -> dict[str, Tensor]:
         """Merge as ever, but the head row by row."""
+        updates = list(updates)
         rows = {key: merge_rows(self.state[key], updates, key) for key in head_keys(self.model)}
         return {**super().merge(updates), **rows}
 

@@ -78,6 +78,8 @@ class Method:
         False: there are no rounds. A device is sent its module once and keeps it.
     cached : bool
         Devices can keep modules between rounds in a `ModuleCache`.
+    feedback : bool
+        Devices return rounded changes and keep what that loses; `receive` takes an `ErrorFeedback`.
     local : bool
         False: a device never adapts what it was sent to its own data.
     """
@@ -94,4 +96,5 @@ class Method:
     reply: Callable[..., Message] = reply
     federated: bool = True
     cached: bool = True
+    feedback: bool = False
     local: bool = True

@@ -70,7 +70,7 @@ def test_your_own_model_shape_and_budget(inspect, tmp_path, monkeypatch):
     ("arguments", "sentence"),
     [
         (["resnet81"], "No model 'resnet81' in torchvision; did you mean resnet18"),
-        (["resnet18", "--budget-mb", "3"], r"2,6\d\d,\d\d\d bytes of communication_bytes are miss"),
+        (["resnet18", "--budget-mb", "3"], r"2,5\d\d,\d\d\d bytes of communication_bytes are miss"),
         (["resnet18", "--budget-gflop", "0"], "Expected --budget-gflop above 0"),
         (["slim-resnet", "--input-shape", "3xlarge"], "Expected a shape such as 3x224x224"),
         (["slim-resnet", "--classes", "0"], "Expected --classes of 1 or more, got 0"),

@@ -13,11 +13,10 @@ that hold module i. Declared rules for what the paper leaves open:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from eclm_flower.adaptation.robust import Robust, by_vote, clipped
@@ -25,6 +24,72 @@ from eclm_flower.adaptation.update import Update
 from eclm_flower.modular.split import ModuleLayer
 
 Weighting = Literal["importance-examples", "importance", "examples"]
+
+
+class RunningMean:
+    """The weighted mean of every module over the updates that hold it, one update at a time.
+
+    It takes the memory of one cloud model, however many updates there are. The bits of the result
+    depend on the order of the updates: add them in the order of devices.
+
+    Parameters
+    ----------
+    state, layers, weighting
+        See `merge`.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        layers: Iterable[ModuleLayer],
+        weighting: Weighting = "importance-examples",
+    ) -> None:
+        if weighting not in get_args(Weighting):
+            raise ValueError(f"Expected weighting from {get_args(Weighting)}, got {weighting!r}.")
+        self.state = dict(state)
+        self.layers = list(layers)
+        self.weighting = weighting
+        modular = {key for layer in self.layers for key in layer.axes}
+        self._shared = [
+            key for key, t in self.state.items() if t.is_floating_point() and key not in modular
+        ]
+        self._modular = {
+            layer.name: [key for key in layer.axes if self.state[key].is_floating_point()]
+            for layer in self.layers
+        }
+        self._examples = 0.0  # behind the shared part so far
+        self._weight = {layer.name: np.zeros(layer.modules) for layer in self.layers}
+
+    def add(self, update: Update) -> None:
+        """Take an update in."""
+        if self._examples == 0:  # the first one: until now the tensors are the caller's own
+            for key in (*self._shared, *(k for keys in self._modular.values() for k in keys)):
+                self.state[key] = self.state[key].clone()
+        # A mean moves towards what comes by the share of its weight: all of the way at first, so
+        # that a value alone is taken as it is, and not at all where all agree.
+        self._examples += update.num_examples
+        for key in self._shared:
+            self.state[key].lerp_(update.state[key], update.num_examples / self._examples)
+        for layer in self.layers:
+            modules = list(update.selection[layer.name])
+            weights = self._weights(layer, modules, update)
+            so_far = self._weight[layer.name]
+            so_far[modules] += weights
+            shares = weights / so_far[modules]
+            for key in self._modular[layer.name]:
+                mean = layer.packed(key, self.state[key])
+                came = layer.packed(key, update.state[key])
+                for position, (module, share) in enumerate(zip(modules, shares, strict=True)):
+                    mean[module].lerp_(came[position], float(share))
+
+    def _weights(self, layer: ModuleLayer, modules: list[int], update: Update) -> np.ndarray:
+        """Compute what a_ik is proportional to, ``[m]``."""
+        examples = 1.0 if self.weighting == "importance" else update.num_examples
+        if self.weighting == "examples":
+            return np.full(len(modules), examples)
+        # A module of no importance to any of its holders still counts: their plain mean.
+        importance = update.importance[layer.name][modules]
+        return np.maximum(importance * examples, np.finfo(float).tiny)
 
 
 def merge(
@@ -42,7 +107,9 @@ def merge(
     state : dict[str, Tensor]
         The body's state before; left as it is.
     updates : iterable of Update
-        What came back, already checked (`check_update`).
+        What came back, already checked (`check_update`). A collection is merged in the order of
+        devices. An iterator is merged as it goes and never held as a whole, unless `robust` needs
+        to; it has to come in an order that does not depend on chance.
     layers : iterable of ModuleLayer
         The cloud model's module layers.
     weighting : {"importance-examples", "importance", "examples"}
@@ -55,55 +122,15 @@ def merge(
     dict[str, Tensor]
         The body's state after; tensors nobody touched are the same objects.
     """
-    if weighting not in get_args(Weighting):
-        raise ValueError(f"Expected weighting from {get_args(Weighting)}, got {weighting!r}.")
     layers = list(layers)
-    ordered = sorted(updates, key=lambda update: update.device)
-    if not ordered:
-        return dict(state)
-    if robust is not None:
-        if robust.clip is not None:
-            ordered = clipped(ordered, state, layers, robust.clip)
-        if robust.rule != "mean":
-            return by_vote(state, ordered, layers, robust.vote)
-
-    merged = dict(state)
-    modular = {key for layer in layers for key in layer.axes}
-    examples = np.array([update.num_examples for update in ordered])
-    for key, tensor in state.items():
-        if key not in modular and tensor.is_floating_point():
-            total = torch.zeros_like(tensor)
-            for update, weight in zip(ordered, examples / examples.sum(), strict=True):
-                total.add_(update.state[key], alpha=float(weight))
-            merged[key] = total
-
-    for layer in layers:
-        weights = _module_weights(layer, ordered, weighting)
-        held = np.flatnonzero(weights.sum(axis=0)).tolist()
-        for key in layer.axes:
-            if not state[key].is_floating_point():
-                continue
-            total = torch.zeros_like(state[key])
-            packed = layer.packed(key, total)
-            for update, weight in zip(ordered, weights, strict=True):
-                modules = list(update.selection[layer.name])
-                share = torch.as_tensor(weight[modules], dtype=total.dtype)
-                returned = layer.packed(key, update.state[key])
-                packed[modules] += returned * share.view(-1, *[1] * (returned.ndim - 1))
-            result = state[key].clone()
-            layer.packed(key, result)[held] = packed[held]
-            merged[key] = result
-    return merged
-
-
-def _module_weights(layer: ModuleLayer, updates: list[Update], weighting: Weighting) -> np.ndarray:
-    """Compute a_ik, ``[updates, N]``: columns of modules that somebody holds sum to 1."""
-    weights = np.zeros((len(updates), layer.modules))
-    for row, update in zip(weights, updates, strict=True):
-        modules = list(update.selection[layer.name])
-        importance = 1.0 if weighting == "examples" else update.importance[layer.name][modules]
-        examples = 1.0 if weighting == "importance" else update.num_examples
-        # A module of no importance to any of its holders still counts: their plain mean.
-        row[modules] = np.maximum(importance * examples, np.finfo(float).tiny)
-    total = weights.sum(axis=0)
-    return weights / np.where(total > 0, total, 1)
+    if robust is not None or not isinstance(updates, Iterator):
+        updates = sorted(updates, key=lambda update: update.device)
+        if robust is not None and robust.clip is not None:
+            updates = clipped(updates, state, layers, robust.clip)
+        if robust is not None and robust.rule != "mean":
+            return by_vote(state, updates, layers, robust.vote)
+    mean = RunningMean(state, layers, weighting)
+    for update in updates:
+        mean.add(update)
+        del update  # or it would stay in memory while the next one is read
+    return mean.state

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from eclm_flower.adaptation.update import Update, sent
+from eclm_flower.adaptation.update import Update
 from eclm_flower.errors import ReplyError
 from eclm_flower.modular.split import ModuleLayer
 
 LEAST_PEERS = 4
 """Updates a round needs for their median to say anything of one of them."""
+FIRST = 16
+"""Updates to know before any is merged; until then they wait, or for the round to end."""
+_IN_CACHE = 2**18  # values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,65 +45,114 @@ class Limits:
                 raise ValueError(f"Expected the limit '{name}' to be above 1 or None, got {limit}.")
 
 
-def outliers(
-    updates: Sequence[Update],
-    state: Mapping[str, Tensor],
-    layers: Iterable[ModuleLayer],
-    limits: Limits,
-) -> dict[int, ReplyError]:
-    """Find the updates that are beyond the limits.
+class Peers:
+    """What is usual among the updates of a round, known before all of them are there.
+
+    An update is told apart as it comes, by those of earlier rounds and of this one so far. Who is
+    beyond the limits then waits until the round is complete: what counts in the end is the median
+    over the round.
 
     Parameters
     ----------
-    updates : sequence of Update
-        A round's, already checked (`check_update`).
-    state : dict[str, Tensor]
-        The cloud model's body they started from.
-    layers : iterable of ModuleLayer
-        Its module layers.
     limits : Limits
-        What is too far.
-
-    Returns
-    -------
-    dict[int, ReplyError]
-        Device number -> why its update is refused.
+        How far is too far.
+    earlier : sequence of (float, float)
+        Norm and examples of updates merged in earlier rounds.
     """
-    refused: dict[int, ReplyError] = {}
-    if len(updates) < LEAST_PEERS:
-        return refused
-    if limits.examples is not None:
-        examples = np.array([update.num_examples for update in updates])
-        for update, ratio in zip(updates, examples / np.median(examples), strict=True):
-            if ratio > limits.examples:
-                refused[update.device] = ReplyError(
-                    f"Expected at most {limits.examples:g} times the median number of examples of "
-                    f"the round, {np.median(examples):g}, got {update.num_examples:g}. If that is "
-                    "true, raise Limits.examples.",
-                    "examples",
-                )
-    if limits.norm is not None:
-        layers = list(layers)
-        norms = np.array([update_norm(update, state, layers) for update in updates])
-        usual = np.median(norms)
-        for update, norm in zip(updates, norms, strict=True):
-            # Where most devices return what they were sent, a change is not suspicious.
-            if usual > 0 and norm > limits.norm * usual and update.device not in refused:
-                refused[update.device] = ReplyError(
-                    f"Expected a change of norm up to {limits.norm:g} times the round's median of "
-                    f"{usual:.3g}, got {norm:.3g}. If it is honest, raise Limits.norm.",
-                    "norm",
-                )
-    return refused
+
+    def __init__(self, limits: Limits, earlier: Sequence[tuple[float, float]]) -> None:
+        self.limits = limits
+        self._earlier = list(earlier)
+        self._round: list[tuple[float, float]] = []
+
+    def join(self, update: Update, norm: float) -> int:
+        """Take an update of the round into account.
+
+        Parameters
+        ----------
+        update : Update
+            What came.
+        norm : float
+            Its `update_norm`.
+
+        Returns
+        -------
+        int
+            How many updates are known; `usual` says something of one from `FIRST` on.
+        """
+        self._round.append((norm, update.num_examples))
+        return len(self._earlier) + len(self._round)
+
+    def usual(self, update: Update, norm: float) -> bool:
+        """Whether an update is within the limits, as far as is known."""
+        return self._judged(update, norm, [*self._earlier, *self._round]) is None
+
+    def refused(self, update: Update, norm: float) -> ReplyError | None:
+        """Say, once the round is complete, why an update that is not usual is refused, if it is."""
+        if len(self._round) < LEAST_PEERS:
+            return None
+        return self._judged(update, norm, self._round)
+
+    def _judged(
+        self, update: Update, norm: float, peers: list[tuple[float, float]]
+    ) -> ReplyError | None:
+        usual_norm, usual_examples = np.median(np.array(peers), axis=0)
+        most = self.limits.examples
+        if most is not None and update.num_examples > most * usual_examples:
+            return ReplyError(
+                f"Expected at most {most:g} times the median number of examples of the round, "
+                f"{usual_examples:g}, got {update.num_examples:g}. If that is true, raise "
+                "Limits.examples.",
+                "examples",
+            )
+        most = self.limits.norm
+        # Where most devices return what they were sent, a change is not suspicious.
+        if most is not None and usual_norm > 0 and norm > most * usual_norm:
+            return ReplyError(
+                f"Expected a change of norm up to {most:g} times the round's median of "
+                f"{usual_norm:.3g}, got {norm:.3g}. If it is honest, raise Limits.norm.",
+                "norm",
+            )
+        return None
 
 
 def update_norm(
     update: Update, state: Mapping[str, Tensor], layers: Iterable[ModuleLayer]
 ) -> float:
-    """Root mean square, over all values a device holds, of their change."""
+    """Root mean square, over all values a device holds, of their change.
+
+    It is not finite if a value is not, or if a change is too large for its square to be a number.
+    """
+    layer_of = {key: layer for layer in layers for key in layer.axes}
+    scratch = {t.dtype: torch.empty(_IN_CACHE, dtype=t.dtype) for t in update.state.values()}
     squares, values = 0.0, 0
-    for key, before in sent(update.selection, state, layers):
-        change = update.state[key].double() - before.double()
-        squares += float(change.square().sum())
-        values += change.numel()
+    for key, after in update.state.items():
+        layer = layer_of.get(key)
+        if layer is None:
+            squares += _squared_distance(state[key][None], after[None], scratch[after.dtype])
+        else:
+            old, new = layer.packed(key, state[key]), layer.packed(key, after)
+            for position, module in enumerate(update.selection[layer.name]):
+                squares += _squared_distance(old[module], new[position], scratch[after.dtype])
+        values += after.numel()
     return float(np.sqrt(squares / values))
+
+
+def _squared_distance(old: Tensor, new: Tensor, scratch: Tensor) -> float:
+    """Sum the squares of the differences, in pieces that fit into `scratch`, and so a cache."""
+    # In the order of memory, whatever that of the dimensions: it is many times faster.
+    order = sorted(range(new.ndim), key=new.stride, reverse=True)
+    old, new = old.permute(order), new.permute(order)
+    longest = max(range(new.ndim), key=lambda dim: new.shape[dim])
+    length = new.shape[longest]
+    together = max(1, len(scratch) * length // max(1, new.numel()))
+    total = 0.0
+    for start in range(0, length, together):
+        size = min(together, length - start)
+        after = new.narrow(longest, start, size)
+        if len(scratch) < after.numel():
+            scratch = scratch.new_empty(after.numel())
+        change = scratch[: after.numel()]
+        torch.sub(after, old.narrow(longest, start, size), out=change.view(after.shape))
+        total += float(torch.dot(change, change))
+    return total

@@ -14,19 +14,38 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eclm_flower.errors import RequestError
-from eclm_flower.federation.messages import BODY, DIGESTS, SENT, SHARED, selection_from_config
+from eclm_flower.federation.messages import (
+    BODY,
+    DIGESTS,
+    DOWNLOAD,
+    SELECTOR,
+    SENT,
+    SHARED,
+    dtype_from_config,
+    selection_from_config,
+)
+from eclm_flower.federation.wire import (
+    MODULES_PART,
+    SELECTOR_PART,
+    SHARED_PART,
+    Form,
+    unflattened,
+)
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.split import ModuleLayer
 
 Digests = Mapping[str, Sequence[int]]
 """Layer name -> digest of each module, ``[N]``; `SHARED` -> that of the shared part; 0: none."""
+
+
+_PREFIXES = {SHARED_PART: BODY, SELECTOR_PART: SELECTOR}  # of keys in the shared piece
 
 
 class ModuleCache:
@@ -56,7 +75,7 @@ class ModuleCache:
         }
 
     def _digest(self, name: str, module: int) -> int:
-        piece = self._load(name, module)
+        piece = self.load(name, module)
         return digest(piece) if piece else 0
 
     def get(self, name: str, module: int, expected: int) -> dict[str, Tensor]:
@@ -67,7 +86,7 @@ class ModuleCache:
         RequestError
             It is not there, or no longer what the cloud was told.
         """
-        piece = self._load(name, module)
+        piece = self.load(name, module)
         if not piece or digest(piece) != expected:
             what = f"module {module} of '{name}'" if name else "the shared part"
             raise RequestError(
@@ -76,6 +95,13 @@ class ModuleCache:
             )
         return piece
 
+    def load(self, name: str, module: int) -> dict[str, Tensor]:
+        """Return a piece as it is; empty if there is none, or none that can be read."""
+        try:
+            return load_file(self._path(name, module))
+        except (OSError, SafetensorError):
+            return {}
+
     def put(self, name: str, module: int, piece: Mapping[str, Tensor]) -> None:
         """Store a piece; whoever reads meanwhile sees the old one or the new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +109,6 @@ class ModuleCache:
         unfinished = path.with_suffix(".unfinished")
         save_file({key: tensor.contiguous() for key, tensor in piece.items()}, unfinished)
         unfinished.replace(path)
-
-    def _load(self, name: str, module: int) -> dict[str, Tensor]:
-        try:
-            return load_file(self._path(name, module))
-        except (OSError, SafetensorError):
-            return {}
 
     def _path(self, name: str, module: int) -> Path:
         return self.folder / (f"{name}.{module}.safetensors" if name else "shared.safetensors")
@@ -180,58 +200,89 @@ def lacking(
 
 
 def complete(
-    tensors: Mapping[str, Tensor], config: ConfigRecord, model: ModularModel, cache: ModuleCache
-) -> dict[str, Tensor]:
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    model: ModularModel,
+    parts: Mapping[str, Mapping[str, Form]],
+    cache: ModuleCache,
+) -> dict[str, dict[str, Tensor]]:
     """Put a sub-model together from what came and what the cache holds; store what came.
 
     Parameters
     ----------
-    tensors : dict[str, Tensor]
-        What came, keyed as on the wire.
+    arrays : ArrayRecord
+        What came.
     config : ConfigRecord
         The message's, with the entries from `lacking`.
     model : ModularModel
         The device's copy of the modularised model.
+    parts : dict[str, dict[str, Form]]
+        Part -> key -> form of the whole sub-model's tensors; see `eclm_flower.federation.wire`.
     cache : ModuleCache
         The device's.
 
     Returns
     -------
-    dict[str, Tensor]
-        The whole sub-model, keyed as on the wire.
+    dict[str, dict[str, Tensor]]
+        Part -> key -> tensor of the whole sub-model.
 
     Raises
     ------
+    ReplyError
+        What came is not what the config says.
     RequestError
         The cache lost what the cloud counts on.
     """
-    shapes = {key: tensor.shape for key, tensor in model.body.state_dict().items()}
-    rest = dict(tensors)
-    result: dict[str, Tensor] = {}
+    layer_of = {key: layer for layer in model.layers.values() for key in layer.axes}
+    sent = {layer: _numbers(config, SENT, layer) for layer in (SHARED, *model.layers)}
+    came = unflattened(
+        arrays,
+        {
+            MODULES_PART: {
+                key: (layer_of[key].narrowed_shape(key, shape, len(modules)), dtype)
+                for key, (shape, dtype) in parts[MODULES_PART].items()
+                if (modules := sent[layer_of[key].name])
+            },
+            **{part: form for part, form in parts.items() if part != MODULES_PART and sent[SHARED]},
+        },
+        dtype_from_config(config, DOWNLOAD),
+    )
+    result: dict[str, dict[str, Tensor]] = {MODULES_PART: {}}
     for layer in model.layers.values():
-        came = {key: rest.pop(f"{BODY}{key}") for key in layer.axes if f"{BODY}{key}" in rest}
         new = {
-            module: module_piece(layer, came, position)
-            for position, module in enumerate(_numbers(config, SENT, layer.name))
+            module: module_piece(layer, came[MODULES_PART], position)
+            for position, module in enumerate(sent[layer.name])
         }
         held = selection_from_config(config)[layer.name]
         pieces = [
             new[module] if module in new else cache.get(layer.name, module, expected)
             for module, expected in zip(held, _numbers(config, DIGESTS, layer.name), strict=True)
         ]
-        for key, tensor in pieces[0].items():
-            whole = torch.empty(
-                layer.narrowed_shape(key, shapes[key], len(held)), dtype=tensor.dtype
-            )
+        for key in pieces[0]:
+            shape, dtype = parts[MODULES_PART][key]
+            whole = torch.empty(*shape, dtype=dtype)
             layer.packed(key, whole).copy_(torch.stack([piece[key] for piece in pieces]))
-            result[f"{BODY}{key}"] = whole
+            result[MODULES_PART][key] = whole
         for module, piece in new.items():
             cache.put(layer.name, module, piece)
-    if _numbers(config, SENT, SHARED):
-        cache.put(SHARED, 0, rest)
+    if sent[SHARED]:
+        result |= {part: came[part] for part in parts if part != MODULES_PART}
+        cache.put(SHARED, 0, shared_piece(result))
     else:
-        rest = cache.get(SHARED, 0, _numbers(config, DIGESTS, SHARED)[0])
-    return {**result, **rest}
+        piece = cache.get(SHARED, 0, _numbers(config, DIGESTS, SHARED)[0])
+        for part, prefix in _PREFIXES.items():
+            if part in parts:
+                result[part] = {key: piece[f"{prefix}{key}"] for key in parts[part]}
+    return result
+
+
+def shared_piece(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name the tensors of the shared part, and of the selector where that travels along."""
+    return {
+        f"{prefix}{key}": tensor
+        for part, prefix in _PREFIXES.items()
+        for key, tensor in parts.get(part, {}).items()
+    }
 
 
 def _numbers(config: ConfigRecord, prefix: str, name: str) -> list[int]:

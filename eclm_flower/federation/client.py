@@ -20,29 +20,48 @@ from dataclasses import replace
 from typing import cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from torch import Tensor, nn
 
 from eclm_flower.adaptation.derivation import derive
 from eclm_flower.adaptation.profile import Budget, DeviceProfile, Importance
 from eclm_flower.adaptation.resizing import is_shrunk
-from eclm_flower.errors import InfeasibleBudgetError, RequestError
+from eclm_flower.errors import InfeasibleBudgetError, ReplyError, RequestError
 from eclm_flower.federation.cache import ModuleCache, complete
+from eclm_flower.federation.differences import ErrorFeedback, Received, change_of, remember
 from eclm_flower.federation.messages import (
     BATCH_NORM,
-    BODY,
     DERIVES,
-    SELECTOR,
+    DOWNLOAD,
+    PARTS,
     SENT,
     SHARED,
+    UPLOAD,
     costs_from_config,
+    dtype_from_config,
     profile_to_metrics,
     selection_from_config,
     the_only,
-    to_array,
-    to_tensors,
 )
 from eclm_flower.federation.node_budget import node_budget
+from eclm_flower.federation.wire import (
+    MODULES_PART,
+    SELECTOR_PART,
+    SHARED_PART,
+    by_part,
+    flattened,
+    forms,
+    unflattened,
+)
 from eclm_flower.modular.batch_norm import BatchNormPolicy, apply_policy
 from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.model import ModularModel
@@ -52,7 +71,13 @@ _IMPORTANCE_STATE = "eclm.importance"
 Batches = Iterable[Tensor | tuple[Tensor, ...]]
 
 
-def receive(msg: Message, model: ModularModel, *, cache: ModuleCache | None = None) -> nn.Module:
+def receive(
+    msg: Message,
+    model: ModularModel,
+    *,
+    cache: ModuleCache | None = None,
+    feedback: ErrorFeedback | None = None,
+) -> nn.Module:
     """Build the sub-model a message carries.
 
     Parameters
@@ -63,6 +88,9 @@ def receive(msg: Message, model: ModularModel, *, cache: ModuleCache | None = No
         The same modularised model as in the cloud; its weights are not used and not changed.
     cache : ModuleCache, optional
         Where this device keeps what it was sent; `profile` must be given the same.
+    feedback : ErrorFeedback, optional
+        Where this device keeps what its replies lose if the cloud asks for them at low precision
+        (``ECLM(upload_dtype=...)``); without it they lose it for good.
 
     Returns
     -------
@@ -79,26 +107,45 @@ def receive(msg: Message, model: ModularModel, *, cache: ModuleCache | None = No
     arrays = msg.content.array_records[the_only(msg.content.array_records, "ArrayRecord")]
     config = msg.content.config_records[the_only(msg.content.config_records, "ConfigRecord")]
     sub_model = model.sub_model(selection_of(msg))
-    gated = isinstance(sub_model, ModularModel)
-    tensors = to_tensors(arrays)
-    if f"{SENT}{SHARED}" in config:
-        if cache is None:
+    body = body_of(sub_model)
+    parts = by_part(forms(body.state_dict()), model.layers.values())
+    if isinstance(sub_model, ModularModel):
+        parts[SELECTOR_PART] = forms(sub_model.selector.state_dict())
+    try:
+        if f"{SENT}{SHARED}" not in config:
+            tensors = unflattened(arrays, parts, dtype_from_config(config, DOWNLOAD))
+        elif cache is None:
             raise RequestError(
                 "The cloud sent only what this device's cache lacks, because `profile` was given a "
                 "cache. Give receive(..., cache=...) the same one."
             )
-        tensors = complete(tensors, config, model, cache)
-    if not gated:
-        tensors = {key.removeprefix(BODY): tensor for key, tensor in tensors.items()}
-    travelling = {key for key, value in sub_model.state_dict().items() if value.is_floating_point()}
-    if tensors.keys() != travelling:
+        else:
+            tensors = complete(arrays, config, model, parts, cache)
+    except ReplyError as error:
         raise RequestError(
-            "The message's arrays don't fit this device's model; differing keys: "
-            f"{sorted(tensors.keys() ^ travelling)[:4]}. Build and modularise the model alike in "
-            "the cloud and on devices."
+            f"The message's arrays don't fit this device's model: {error} Build and modularise the "
+            "model alike in the cloud and on devices."
+        ) from error
+    body.load_state_dict({**tensors[SHARED_PART], **tensors[MODULES_PART]}, strict=False)
+    if isinstance(sub_model, ModularModel):
+        sub_model.selector.load_state_dict(tensors.pop(SELECTOR_PART), strict=False)
+    upload = dtype_from_config(config, UPLOAD)
+    if upload is not None and msg.metadata.message_type.startswith(MessageType.TRAIN):
+        layers = list(model.layers.values())
+        received = Received(
+            tensors=tensors,
+            layers=layers,
+            selection=selection_of(msg),
+            dtype=upload,
+            feedback=feedback,
         )
-    sub_model.load_state_dict(tensors, strict=False)
+        remember(sub_model, received)
     return apply_policy(sub_model, cast(BatchNormPolicy, config[BATCH_NORM]))
+
+
+def body_of(sub_model: nn.Module) -> nn.Module:
+    """Return what of a sub-model is trained and returned: all but the selector."""
+    return sub_model.body if isinstance(sub_model, ModularModel) else sub_model
 
 
 def selection_of(msg: Message) -> dict[str, tuple[int, ...]]:
@@ -153,15 +200,28 @@ def reply(
                 "The sub-model is shrunk, and a reply carries all modules received: call grow() of "
                 "its Resizable before reply."
             )
-        body = sub_model.body if isinstance(sub_model, ModularModel) else sub_model
         key = the_only(msg.content.array_records, "ArrayRecord")
-        arrays = {
-            f"{BODY}{name}": to_array(tensor)
-            for name, tensor in body.state_dict().items()
-            if tensor.is_floating_point()
-        }
+        config = msg.content.config_records[the_only(msg.content.config_records, "ConfigRecord")]
+        whole = UPLOAD not in config
+        arrays = _flat(sub_model, str(config[PARTS])) if whole else change_of(sub_model)
         content[key] = ArrayRecord(arrays)
     return Message(content, reply_to=msg)
+
+
+def _flat(sub_model: nn.Module, parts: str) -> dict[str, Array]:
+    """Lay out a sub-model's tensors as the cloud laid them out."""
+    state = body_of(sub_model).state_dict()
+    keys = list(forms(state))
+    if len(keys) != len(parts):
+        raise RequestError(
+            f"Expected the model that receive returned, with {len(parts)} tensors, got "
+            f"{type(sub_model).__name__} with {len(keys)}."
+        )
+    arrays: dict[str, Array] = {}
+    for part in (SHARED_PART, MODULES_PART):
+        own = {key: state[key] for key, of in zip(keys, parts, strict=True) if of == part[0]}
+        arrays.update(flattened(part, own))
+    return arrays
 
 
 def profile(
@@ -196,7 +256,8 @@ def profile(
     importance = {}
     if msg.content.array_records:
         arrays = msg.content.array_records[the_only(msg.content.array_records, "ArrayRecord")]
-        model.selector.load_state_dict(to_tensors(arrays, SELECTOR))
+        parts = {SELECTOR_PART: forms(model.selector.state_dict())}
+        model.selector.load_state_dict(unflattened(arrays, parts)[SELECTOR_PART])
         importance = model.importance(data() if callable(data) else data)
     answer = DeviceProfile(
         device=int(context.node_config.get("partition-id", context.node_id)),

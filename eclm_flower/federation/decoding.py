@@ -7,6 +7,7 @@ nothing is unpickled or unzipped, and no more memory is used than the expected a
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -23,7 +24,7 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 
 def read_array(key: str, array: Array, *, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Decode an array of known shape and type.
+    """Decode an array of known shape and type, without copying it.
 
     Parameters
     ----------
@@ -32,14 +33,20 @@ def read_array(key: str, array: Array, *, shape: Sequence[int], dtype: torch.dty
     array : Array
         What came.
     shape, dtype : sequence of int, torch.dtype
-        What it has to be.
+        What it has to be. numpy has no bfloat16: that comes as the int16 of the same bits.
+
+    Returns
+    -------
+    Tensor
+        A view of the array's bytes: not to be written to.
 
     Raises
     ------
     ReplyError
         It is anything else: unreadable, of another type, shape or size.
     """
-    expected = torch.empty(0, dtype=dtype).numpy().dtype
+    stored = torch.int16 if dtype == torch.bfloat16 else dtype
+    expected = torch.empty(0, dtype=stored).numpy().dtype
     payload = math.prod(shape) * expected.itemsize
     if len(array.data) > payload + _MOST_HEADER_BYTES:
         raise ReplyError(
@@ -65,4 +72,7 @@ def read_array(key: str, array: Array, *, shape: Sequence[int], dtype: torch.dty
         )
     values = np.frombuffer(array.data, dtype=expected, offset=file.tell())
     ordered = values.reshape(tuple(shape), order="F" if fortran else "C")
-    return torch.from_numpy(np.array(ordered, order="C"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(np.ascontiguousarray(ordered).reshape(tuple(shape)))
+    return tensor.view(dtype) if stored != dtype else tensor

@@ -1,4 +1,4 @@
-"""What travels between cloud and device: plain Flower records, no pickle, matched by key.
+"""What travels between cloud and device: plain Flower records, no pickle.
 
 ==========  =======================================  ==========================================
 message     cloud -> device                          device -> cloud
@@ -14,9 +14,9 @@ train       the sub-model's arrays; config: the      all arrays of the sub-model
 evaluate    as train                                 metrics
 ==========  =======================================  ==========================================
 
-Arrays are keyed as in the modular model's state (``body.<key>``, ``selector.<key>``). Everything
-the plugin adds to the user's one config record starts with ``eclm.``; a second record would break
-Flower's own client mods. Integer buffers never travel: devices have them from their own copy.
+How arrays are laid out: `eclm_flower.federation.wire`. Everything the plugin adds to the user's one
+config record starts with ``eclm.``; a second record would break Flower's own client mods. Integer
+buffers never travel: devices have them from their own copy.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ INFEASIBLE = "eclm.infeasible"  # 1: it found none that fits
 COSTS = "eclm.costs."  # bytes, FLOPs, bytes of a module of each layer; see `RESOURCES`
 DIGESTS = "eclm.digests."  # digests of the modules of a sub-model, in the order of its selection
 SENT = "eclm.sent."  # the modules of it that the message carries
+PARTS = "eclm.parts"  # a letter a tensor of the body: s, shared, or m, of modules
+DOWNLOAD, UPLOAD = "eclm.download", "eclm.upload"  # dtypes, where they are not the tensors' own
 SHARED = ""  # stands for the shared part where others are keyed by layer
 
 
@@ -62,6 +64,14 @@ def to_tensors(arrays: ArrayRecord, prefix: str = "") -> dict[str, Tensor]:
         for key, array in arrays.items()
         if key.startswith(prefix)
     }
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def dtype_from_config(config: ConfigRecord, key: str) -> torch.dtype | None:
+    """Read the dtype that values travel as; None: their own."""
+    return DTYPES[str(config[key])] if key in config else None
 
 
 def selection_to_config(selection: Selection) -> dict[str, list[int]]:

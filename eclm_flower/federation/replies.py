@@ -3,42 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
+from typing import TypeVar
 
-from flwr.app import ConfigRecord, Message, Metadata, MetricRecord, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
-from eclm_flower.adaptation.outliers import Limits, outliers
+from eclm_flower.adaptation.outliers import FIRST, Limits, Peers, update_norm
 from eclm_flower.adaptation.profile import Importance
 from eclm_flower.adaptation.update import (
     Update,
     check_examples,
-    check_keys,
     check_update,
     expected_shapes,
+    sent,
 )
 from eclm_flower.errors import ReplyError
-from eclm_flower.federation.decoding import read_array
 from eclm_flower.federation.exchange import failure, last_line
-from eclm_flower.federation.messages import BODY
+from eclm_flower.federation.wire import MODULES_PART, SHARED_PART, by_part, unflattened
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.split import ModuleLayer
+
+Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
 
 PLUGIN = "eclm."  # what the plugin adds to a record of the user's starts so
 _MOST_BYTES_BESIDE_ARRAYS = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """What was sent to a device in this round."""
+    """What a device is sent in this round.
 
-    metadata: Metadata  # Flower writes the message id into it when the message is pushed
+    Attributes
+    ----------
+    device : int
+        Its number.
+    selection : dict[str, sequence of int]
+        Its modules.
+    metadata : Metadata, optional
+        Of the message, once that is made; Flower writes the message id into it when it is pushed.
+    """
+
     device: int
     selection: Selection
+    metadata: Metadata | None = None
 
 
 @dataclass(frozen=True)
@@ -48,39 +61,33 @@ class Replies:
     Attributes
     ----------
     contents : dict[int, RecordDict]
-        Device number -> content of its reply, for those that count, in the order of devices. Its
-        metrics are those that most devices report, so that they can be averaged key by key.
+        Device number -> content of its reply without the arrays, for those that count, in the order
+        of devices. Its metrics are those that most devices report, so that they can be averaged key
+        by key.
+    used : int
+        Replies that count, those of odd metrics included.
     counts : Counter
         Requests lost, by reason: "silent" (nothing came); "failed" (an error came) and
         "failed-<kind>"; "refused" (what came can't be used) and "refused-<reason>".
-    updates : list of Update
-        Of training replies, in the order of devices.
     """
 
     contents: dict[int, RecordDict]
+    used: int
     counts: Counter[str]
-    updates: list[Update]
 
 
-def read_training(
-    replies: Iterable[Message],
-    requests: Iterable[Request],
-    *,
-    state: Mapping[str, Tensor],
-    layers: Iterable[ModuleLayer],
-    importance: Mapping[int, Importance],
-    arrayrecord_key: str,
-    weighted_by_key: str,
-    limits: Limits,
-) -> Replies:
-    """Read the sub-models that came back; refuse, by device, what can't be merged.
+class Training:
+    """The replies to a round's training, read one by one: iterate over the updates that count.
+
+    What can't be merged is refused, by device. Whoever iterates holds the only update there is at a
+    time, but for those that wait: see `eclm_flower.adaptation.outliers.Peers`.
 
     Parameters
     ----------
     replies : iterable of Message
-        What came, in any order.
-    requests : iterable of Request
-        What was asked in this round.
+        What came. A collection is read in the order of devices; an iterator as it comes.
+    requests : sequence of Request
+        What is asked in this round; may become known (`Request.metadata`) while this iterates.
     state : dict[str, Tensor]
         The cloud model's body as it was sent.
     layers : iterable of ModuleLayer
@@ -91,52 +98,140 @@ def read_training(
         Where the arrays are, and the metric that weighs them.
     limits : Limits
         How far from its peers an update may be.
+    usual : sequence of (float, float)
+        Norm and examples of updates merged in earlier rounds.
+    sent_as : torch.dtype, optional
+        Devices return what changed, as this dtype; None: what it became, as it is.
+
+    Attributes
+    ----------
+    metrics : dict[int, MetricRecord]
+        Device number -> the metrics of the replies that were iterated over so far.
+    merged : list of (float, float)
+        Norm and examples of these.
     """
-    layers = list(layers)
-    matched, counts = _matched(replies, requests)
-    contents: dict[int, RecordDict] = {}
-    updates: dict[int, Update] = {}
-    for request, content in matched:
-        device = request.device
-        try:
-            _check_records(content, arrayrecord_key)
-            _check_metrics(content, weighted_by_key)
-            updates[device] = _read_update(
-                request,
-                content,
-                importance=importance.get(device, {}),
-                state=state,
-                layers=layers,
-                arrayrecord_key=arrayrecord_key,
-                weighted_by_key=weighted_by_key,
-            )
-        except ReplyError as error:
-            _refuse(device, error, counts)
-        else:
-            contents[device] = content
-    contents = _with_usual_metrics(contents, counts)
-    kept = [updates[device] for device in contents]
-    for device, why in outliers(kept, state, layers, limits).items():
-        _refuse(device, why, counts)
-        del contents[device]
-    return Replies(contents, counts, [updates[device] for device in contents])
+
+    def __init__(
+        self,
+        replies: Iterable[Message],
+        requests: Sequence[Request],
+        *,
+        state: Mapping[str, Tensor],
+        layers: Iterable[ModuleLayer],
+        importance: Mapping[int, Importance],
+        arrayrecord_key: str,
+        weighted_by_key: str,
+        limits: Limits,
+        usual: Sequence[tuple[float, float]] = (),
+        sent_as: torch.dtype | None = None,
+    ) -> None:
+        self._replies, self._requests = replies, requests
+        self._state, self._layers = state, list(layers)
+        self._importance = importance
+        self._arrays, self._weight = arrayrecord_key, weighted_by_key
+        self._peers = Peers(limits, usual)
+        self._sent_as = sent_as
+        self._contents: dict[int, RecordDict] = {}
+        self._counts: Counter[str] = Counter()
+        self.metrics: dict[int, MetricRecord] = {}
+        self.merged: list[tuple[float, float]] = []
+
+    def __iter__(self) -> Iterator[Update]:
+        waiting: list[tuple[Update, float, RecordDict]] = []
+        for request, content in _matched(self._replies, self._requests, self._counts):
+            try:
+                update, norm = self._read(request, content)
+            except ReplyError as error:
+                _refuse(request.device, error, self._counts)
+                continue
+            known = self._peers.join(update, norm)
+            waiting.append((update, norm, _without_arrays(content)))
+            del update, content
+            new = 0 if known == FIRST else len(waiting) - 1  # who can be judged only now
+            while known >= FIRST and new < len(waiting):
+                if self._peers.usual(*waiting[new][:2]):
+                    yield self._counted(*waiting.pop(new))
+                else:
+                    new += 1
+        while waiting:
+            update, norm, content = waiting.pop(0)
+            if why := self._peers.refused(update, norm):
+                _refuse(update.device, why, self._counts)
+            else:
+                yield self._counted(update, norm, content)
+
+    def done(self) -> Replies:
+        """Return what came of the requests, when all was iterated over."""
+        return _replies(self._contents, self._counts)
+
+    def _counted(self, update: Update, norm: float, content: RecordDict) -> Update:
+        self._contents[update.device] = content
+        self.metrics[update.device] = next(iter(_of(content, MetricRecord).values()))
+        self.merged.append((norm, update.num_examples))
+        return update
+
+    def _read(self, request: Request, content: RecordDict) -> tuple[Update, float]:
+        """Decode and check the sub-model in a reply; also the norm of its change."""
+        _check_records(content, self._arrays)
+        _check_metrics(content, self._weight)
+        body = {
+            key: (shape, self._state[key].dtype)
+            for key, shape in expected_shapes(request.selection, self._state, self._layers).items()
+        }
+        parts = unflattened(
+            _of(content, ArrayRecord)[self._arrays], by_part(body, self._layers), self._sent_as
+        )
+        tensors = {**parts[SHARED_PART], **parts[MODULES_PART]}
+        if self._sent_as is not None:
+            for key, before in sent(request.selection, self._state, self._layers):
+                tensors[key] = before + tensors[key]
+        weight = next(iter(_of(content, MetricRecord).values()))[self._weight]
+        update = Update(
+            device=request.device,
+            selection=request.selection,
+            state={key: tensors[key] for key in body},
+            importance=self._importance.get(request.device, {}),
+            num_examples=float(weight),  # type: ignore[arg-type]
+        )
+        norm = update_norm(update, self._state, self._layers)
+        if not math.isfinite(norm):  # which says that something is wrong, but not what
+            check_update(update, self._state, self._layers)
+        return update, norm
+
+
+def _without_arrays(content: RecordDict) -> RecordDict:
+    """Copy a reply's content, which must not keep its arrays in memory."""
+    return RecordDict({**_of(content, MetricRecord), **_of(content, ConfigRecord)})
+
+
+def _of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """Return the records of a kind.
+
+    The views that Flower has for it refer to the content and the content to them: its arrays would
+    stay in memory until the garbage collector looks, many replies later.
+    """
+    return {name: record for name, record in content.items() if isinstance(record, kind)}
 
 
 def read_evaluation(
-    replies: Iterable[Message], requests: Iterable[Request], *, weighted_by_key: str
+    replies: Iterable[Message], requests: Sequence[Request], *, weighted_by_key: str
 ) -> Replies:
     """Read the metrics that came back; refuse, by device, what can't be averaged."""
-    matched, counts = _matched(replies, requests)
+    counts: Counter[str] = Counter()
     contents: dict[int, RecordDict] = {}
-    for request, content in matched:
+    for request, content in _matched(replies, requests, counts):
         try:
             _check_records(content, None)
             _check_metrics(content, weighted_by_key)
         except ReplyError as error:
             _refuse(request.device, error, counts)
         else:
-            contents[request.device] = content
-    return Replies(_with_usual_metrics(contents, counts), counts, [])
+            contents[request.device] = _without_arrays(content)
+    return _replies(contents, counts)
+
+
+def _replies(contents: Mapping[int, RecordDict], counts: Counter[str]) -> Replies:
+    return Replies(_with_usual_metrics(dict(sorted(contents.items()))), len(contents), counts)
 
 
 def _refuse(device: int, error: ReplyError, counts: Counter[str]) -> None:
@@ -146,39 +241,45 @@ def _refuse(device: int, error: ReplyError, counts: Counter[str]) -> None:
 
 
 def _matched(
-    replies: Iterable[Message], requests: Iterable[Request]
-) -> tuple[list[tuple[Request, RecordDict]], Counter[str]]:
-    """Match replies with requests, in the order of devices whatever the order of arrival."""
-    answers: defaultdict[str, list[Message]] = defaultdict(list)
-    for message in replies:
-        answers[message.metadata.reply_to_message_id].append(message)
-    matched: list[tuple[Request, RecordDict]] = []
-    counts: Counter[str] = Counter()
-    for request in sorted(requests, key=lambda request: request.device):
-        came = answers.pop(request.metadata.message_id, [])
-        if not came:
-            log(WARNING, "Device %s did not answer in time.", request.device)
-            counts["silent"] += 1
-        elif any(_differ(came[0], other) for other in came[1:]):
-            error = ReplyError(f"Expected one reply, got {len(came)} that differ.", "duplicate")
-            _refuse(request.device, error, counts)
-        elif came[0].has_error():
-            log(WARNING, "Device %s failed: %s", request.device, last_line(came[0]))
+    replies: Iterable[Message], requests: Sequence[Request], counts: Counter[str]
+) -> Iterator[tuple[Request, RecordDict]]:
+    """Match replies with requests; of a collection in the order of devices.
+
+    Of several replies to a request the first counts: who sends two gains nothing.
+    """
+    unanswered = {request.device: request for request in requests}
+    ignored = 0
+    for message in _in_order(replies, requests):
+        answered = message.metadata.reply_to_message_id
+        request = next(
+            (r for r in unanswered.values() if r.metadata and r.metadata.message_id == answered),
+            None,
+        )
+        if request is None:
+            ignored += 1
+            continue
+        del unanswered[request.device]
+        if message.has_error():
+            log(WARNING, "Device %s failed: %s", request.device, last_line(message))
             counts["failed"] += 1
-            counts[f"failed-{failure(came[0].error)}"] += 1
-        else:
-            matched.append((request, came[0].content))
-    if answers:
-        number = sum(len(came) for came in answers.values())
-        log(WARNING, "%s replies that answer no request of this round are ignored.", number)
-    return matched, counts
+            counts[f"failed-{failure(message.error)}"] += 1
+            continue
+        content = message.content
+        yield request, content
+        del message, content
+    for request in unanswered.values():
+        log(WARNING, "Device %s did not answer in time.", request.device)
+        counts["silent"] += 1
+    if ignored:
+        log(WARNING, "%s replies that answer no open request of this round are ignored.", ignored)
 
 
-def _differ(one: Message, other: Message) -> bool:
-    """Whether two replies to one request differ: the same one twice does no harm."""
-    if one.has_error() or other.has_error():
-        return one.has_error() != other.has_error()
-    return one is not other and one.content != other.content
+def _in_order(replies: Iterable[Message], requests: Iterable[Request]) -> Iterable[Message]:
+    """Put a collection of replies in the order of devices."""
+    if isinstance(replies, Iterator):
+        return replies
+    place = {r.metadata.message_id: r.device for r in requests if r.metadata}
+    return sorted(replies, key=lambda reply: place.get(reply.metadata.reply_to_message_id, -1))
 
 
 def _check_records(content: RecordDict, arrayrecord_key: str | None) -> None:
@@ -187,7 +288,7 @@ def _check_records(content: RecordDict, arrayrecord_key: str | None) -> None:
     A reply is one MetricRecord and, after training, one ArrayRecord. ConfigRecords of the user's
     own may be there. Which modules it holds is for the cloud alone to say.
     """
-    metrics, arrays = list(content.metric_records), list(content.array_records)
+    metrics, arrays = list(_of(content, MetricRecord)), list(_of(content, ArrayRecord))
     if len(metrics) != 1:
         raise ReplyError(f"Expected one MetricRecord, got {metrics!r}.", "records")
     if arrayrecord_key is not None and arrays != [arrayrecord_key]:
@@ -195,8 +296,8 @@ def _check_records(content: RecordDict, arrayrecord_key: str | None) -> None:
             f"Expected one ArrayRecord, '{arrayrecord_key}', got {arrays!r}.", "records"
         )
     beside: list[MetricRecord | ConfigRecord] = [
-        *content.metric_records.values(),
-        *content.config_records.values(),
+        *_of(content, MetricRecord).values(),
+        *_of(content, ConfigRecord).values(),
     ]
     size = sum(record.count_bytes() for record in beside)
     if size > _MOST_BYTES_BESIDE_ARRAYS:
@@ -211,7 +312,7 @@ def _check_records(content: RecordDict, arrayrecord_key: str | None) -> None:
 
 def _check_metrics(content: RecordDict, weighted_by_key: str) -> None:
     """Refuse metrics that are no numbers, and weights that weigh nothing."""
-    metrics = next(iter(content.metric_records.values()))
+    metrics = next(iter(_of(content, MetricRecord).values()))
     weight = metrics.get(weighted_by_key)
     if not isinstance(weight, int | float):
         raise ReplyError(
@@ -228,18 +329,16 @@ def _check_metrics(content: RecordDict, weighted_by_key: str) -> None:
             )
 
 
-def _with_usual_metrics(
-    contents: Mapping[int, RecordDict], counts: Counter[str]
-) -> dict[int, RecordDict]:
+def _with_usual_metrics(contents: Mapping[int, RecordDict]) -> dict[int, RecordDict]:
     """Keep, of all metrics, those that more than half of the replies carry in the same form.
 
-    A reply that lacks one of these is refused; others are dropped from it. So a minority can't
-    make the majority's replies look odd, and what is left can be averaged key by key.
+    Others are dropped, and a reply that lacks one of these is left out: what is left can be
+    averaged key by key, and a minority can't make the majority's metrics look odd.
     """
     forms = {
         device: {
             (key, len(value) if isinstance(value, list) else None)
-            for key, value in next(iter(content.metric_records.values())).items()
+            for key, value in next(iter(_of(content, MetricRecord).values())).items()
         }
         for device, content in contents.items()
     }
@@ -249,12 +348,13 @@ def _with_usual_metrics(
     for device, content in contents.items():
         missing = usual - forms[device]
         if missing:
-            error = ReplyError(
-                f"Expected {sorted(key for key, _ in missing)} among the metrics, as most devices "
-                "report them.",
-                "metrics",
+            log(
+                WARNING,
+                "The metrics of device %s are left out of the averages: they lack %s, which most "
+                "devices report.",
+                device,
+                sorted(key for key, _ in missing),
             )
-            _refuse(device, error, counts)
         elif forms[device] == usual:
             result[device] = content
         else:
@@ -264,37 +364,7 @@ def _with_usual_metrics(
 
 def _only(content: RecordDict, keys: set[str]) -> RecordDict:
     """Copy a reply's content with these metrics only."""
-    name, metrics = next(iter(content.metric_records.items()))
+    name, metrics = next(iter(_of(content, MetricRecord).items()))
     copied = RecordDict(dict(content))
     copied[name] = MetricRecord({key: value for key, value in metrics.items() if key in keys})
     return copied
-
-
-def _read_update(
-    request: Request,
-    content: RecordDict,
-    *,
-    importance: Importance,
-    state: Mapping[str, Tensor],
-    layers: list[ModuleLayer],
-    arrayrecord_key: str,
-    weighted_by_key: str,
-) -> Update:
-    """Decode and check the sub-model in a reply."""
-    arrays = content.array_records[arrayrecord_key]
-    shapes = expected_shapes(request.selection, state, layers)
-    check_keys(arrays, {f"{BODY}{key}" for key in shapes})
-    returned = {
-        key: read_array(key, arrays[f"{BODY}{key}"], shape=shape, dtype=state[key].dtype)
-        for key, shape in shapes.items()
-    }
-    weight = next(iter(content.metric_records.values()))[weighted_by_key]
-    update = Update(
-        device=request.device,
-        selection=request.selection,
-        state=returned,
-        importance=importance,
-        num_examples=float(weight),  # type: ignore[arg-type]
-    )
-    check_update(update, state, layers)
-    return update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from logging import WARNING
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from flwr.serverapp import Grid
 
 from eclm_flower.errors import InfeasibleBudgetError
 from eclm_flower.federation.exchange import Deadline
-from eclm_flower.federation.messages import BATCH_NORM, DERIVES, costs_to_config
+from eclm_flower.federation.messages import BATCH_NORM, DERIVES, UPLOAD, costs_to_config
 from eclm_flower.federation.phase import Phase
 from eclm_flower.federation.profiles import TTL_MARGIN
 from eclm_flower.federation.replies import Request
@@ -32,7 +33,7 @@ def configure(
     arrays: ArrayRecord,
     config: ConfigRecord,
     grid: Grid,
-) -> list[Message]:
+) -> Iterable[Message]:
     """Begin a phase of a round; see `ECLM.configure_train`."""
     if message_type == MessageType.TRAIN:
         purpose, fraction, least = TRAIN, strategy.fraction_train, strategy.min_train_nodes
@@ -58,49 +59,51 @@ def configure(
         {device: strategy.roster.node_ids[device] for device in devices},
         server_round,
         lambda selector: _question(strategy, selector),
-        strategy.cloud.selector_arrays(),
+        strategy.cloud.selector_arrays,
         until=profiles_until,
-        costs=strategy.model.costs,
+        costs=strategy.costs,
         traffic=phase.traffic,
     )
+    profiles = [strategy.told.of_round(device, server_round) for device in devices]
+    answered = [profile for profile in profiles if profile is not None]  # `ask` says who did not
+    for profile, derived in zip(answered, strategy.derive_all(answered, server_round), strict=True):
+        if isinstance(derived, InfeasibleBudgetError):
+            log(WARNING, "Device %s is left out: %s", profile.device, derived)
+            phase.losses["infeasible"] += 1
+        else:
+            strategy.selections[profile.device] = derived
+            phase.requests.append(Request(profile.device, derived))
     config["server-round"] = server_round  # as Flower's FedAvg does
-    messages = []
-    for device in devices:
-        message = _request(strategy, device, server_round, config, message_type)
-        if message is not None:
-            messages.append(message)
-    return messages
+    return _packed(strategy, phase.requests, config, message_type)
 
 
 def _question(strategy: ECLM, selector: ArrayRecord | None) -> RecordDict:
     config = strategy.query_config
     if strategy.derive_on == "device":
-        config = ConfigRecord({**config, DERIVES: True, **costs_to_config(strategy.model.costs)})
+        config = ConfigRecord({**config, DERIVES: True, **costs_to_config(strategy.costs)})
     question = RecordDict({strategy.configrecord_key: config})
     if selector is not None:
         question[strategy.arrayrecord_key] = selector
     return question
 
 
-def _request(
-    strategy: ECLM, device: int, server_round: int, config: ConfigRecord, message_type: str
-) -> Message | None:
-    """Derive a device's sub-model and pack it, in a record of its own."""
-    profile = strategy.told.of_round(device, server_round)
-    if profile is None:
-        return None  # it did not answer; `ask` said why
-    try:
-        selection = strategy.derive(profile, server_round)
-    except InfeasibleBudgetError as error:
-        log(WARNING, "Device %s is left out: %s", device, error)
-        strategy.phase.losses["infeasible"] += 1
-        return None
-    sub_model, what_it_is = strategy.cloud.pack(selection, profile.cached)
-    told = ConfigRecord({**config, **what_it_is, BATCH_NORM: strategy.batch_norm})
-    content = RecordDict({strategy.arrayrecord_key: sub_model, strategy.configrecord_key: told})
-    # A message that outlives its round would keep a straggler busy with old work.
-    ttl = strategy.phase.deadline.left + TTL_MARGIN
-    message = Message(content, strategy.roster.node_ids[device], message_type, ttl=ttl)
-    strategy.phase.requests.append(Request(message.metadata, device, selection))
-    strategy.selections[device] = selection
-    return message
+def _packed(
+    strategy: ECLM, requests: Iterable[Request], config: ConfigRecord, message_type: str
+) -> Iterator[Message]:
+    """Pack sub-models when they are asked for, each in a record of its own."""
+    for request in requests:
+        device = request.device
+        cached = strategy.profiles[device].cached
+        sub_model, what_it_is = strategy.cloud.pack(request.selection, cached)
+        if strategy.upload_dtype is not None and message_type == MessageType.TRAIN:
+            what_it_is[UPLOAD] = str(strategy.upload_dtype).removeprefix("torch.")
+        told = ConfigRecord({**config, **what_it_is, BATCH_NORM: strategy.batch_norm})
+        content = RecordDict({strategy.arrayrecord_key: sub_model, strategy.configrecord_key: told})
+        del sub_model
+        # A message that outlives its round would keep a straggler busy with old work.
+        ttl = strategy.phase.deadline.left + TTL_MARGIN
+        message = Message(content, strategy.roster.node_ids[device], message_type, ttl=ttl)
+        del content
+        request.metadata = message.metadata
+        yield message
+        del message

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from eclm_flower.federation.checkpoint import Checkpoint, CheckpointFolder
-from eclm_flower.federation.exchange import exchange
+from eclm_flower.federation.exchange import stream
 from eclm_flower.federation.phase import metric_lines
 from eclm_flower.federation.run_state import (
     RunState,
@@ -76,6 +76,7 @@ def run_rounds(
                 selections=strategy.selections,
                 result=result,
                 initial=initial,
+                usual=strategy.usual,
             )
             lines += _save(folder, to_checkpoint(state, settings))
         log_lines(lines)
@@ -119,7 +120,9 @@ def _train(
 ) -> tuple[ArrayRecord, list[str]]:
     messages = strategy.configure_train(server_round, arrays, config, grid)
     phase = strategy.phase
-    replies = exchange(grid, messages, until=phase.deadline, traffic=phase.traffic)
+    replies = stream(
+        grid, messages, until=phase.deadline, window=strategy.window, traffic=phase.traffic
+    )
     merged, metrics = strategy.aggregate_train(server_round, replies)
     if merged is not None:
         result.arrays = arrays = merged
@@ -140,7 +143,9 @@ def _evaluate(
 ) -> list[str]:
     messages = strategy.configure_evaluate(server_round, arrays, config, grid)
     phase = strategy.phase
-    replies = exchange(grid, messages, until=phase.deadline, traffic=phase.traffic)
+    replies = stream(
+        grid, messages, until=phase.deadline, window=strategy.window, traffic=phase.traffic
+    )
     metrics = strategy.aggregate_evaluate(server_round, replies)
     if metrics is not None:
         result.evaluate_metrics_clientapp[server_round] = metrics

@@ -55,6 +55,8 @@ class RunState:
         The history so far.
     initial : str
         Digest of the arrays the run started from.
+    usual : list of (float, float)
+        See `ECLM`.
     """
 
     server_round: int
@@ -63,6 +65,7 @@ class RunState:
     selections: Mapping[int, Selection]
     result: Result
     initial: str
+    usual: Sequence[tuple[float, float]]
 
 
 def digest(arrays: ArrayRecord) -> str:
@@ -97,7 +100,7 @@ def to_checkpoint(state: RunState, settings: Mapping[str, str]) -> Checkpoint:
         _BUDGETS: np.array(
             [[getattr(told.latest[d].budget, name) for name in RESOURCES] for d in known]
         ).reshape(-1, len(RESOURCES)),
-        _BUDGET_ROUNDS: np.array([told.budget_rounds[d] for d in known], dtype=np.int64),
+        _BUDGET_ROUNDS: np.array([told.budget_rounds.get(d, 0) for d in known], dtype=np.int64),
         _IMPORTANCE_ROUNDS: np.array(
             [told.importance_rounds.get(d, -1) for d in known], dtype=np.int64
         ),
@@ -115,6 +118,7 @@ def to_checkpoint(state: RunState, settings: Mapping[str, str]) -> Checkpoint:
         "model": fingerprint(cloud.model),
         "settings": dict(settings),
         "initial": state.initial,
+        "usual": [list(update) for update in state.usual],
         "shared-version": cloud.shared_version,
         "profiles": known,
         "selections": chosen,
@@ -187,6 +191,7 @@ def from_checkpoint(checkpoint: Checkpoint, model: ModularModel, told: Profiles)
         selections=_selections(facts["selections"], model, tensors),
         result=Result(arrays=arrays if facts["merged"] else ArrayRecord(), **histories),
         initial=facts["initial"],
+        usual=[(norm, examples) for norm, examples in facts["usual"]],
     )
 
 

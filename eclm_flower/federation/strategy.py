@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from logging import WARNING
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
-from eclm_flower.adaptation.derivation import derive
+from eclm_flower.adaptation.derivation import derive, derive_all
 from eclm_flower.adaptation.merge import Weighting, merge
 from eclm_flower.adaptation.outliers import Limits
 from eclm_flower.adaptation.profile import DeviceProfile
 from eclm_flower.adaptation.robust import Robust
 from eclm_flower.adaptation.update import Update
+from eclm_flower.errors import InfeasibleBudgetError
 from eclm_flower.federation.checkpoint import CheckpointFolder
 from eclm_flower.federation.cloud import CloudModel
-from eclm_flower.federation.messages import DERIVES
+from eclm_flower.federation.messages import DERIVES, DTYPES
 from eclm_flower.federation.phase import Phase
 from eclm_flower.federation.profiles import Profiles
-from eclm_flower.federation.replies import read_evaluation, read_training
+from eclm_flower.federation.replies import Training, read_evaluation
 from eclm_flower.federation.requests import configure
 from eclm_flower.federation.roster import Roster
 from eclm_flower.federation.rounds import run_rounds
 from eclm_flower.federation.run_state import RunState
 from eclm_flower.federation.summary import log_summary
+from eclm_flower.federation.wire import bytes_per_value
 from eclm_flower.federation.wrapping import refuse_workflow, refuse_wrappers
 from eclm_flower.modular.batch_norm import BatchNormPolicy
+from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
+
+_REMEMBERED = 64  # updates whose norms say what is usual
 
 # The attributes that a run's numbers depend on.
 _SETTINGS = (
@@ -44,6 +52,8 @@ _SETTINGS = (
     "robust",
     "limits",
     "min_replies",
+    "download_dtype",
+    "upload_dtype",
     "fraction_train",
     "fraction_evaluate",
     "min_train_nodes",
@@ -89,6 +99,17 @@ class ECLM(FedAvg):
         evaluation of a round likewise. Default: the ``timeout`` of `start`.
     min_replies : int (default: 1)
         Replies a round needs: with fewer that can be used it changes nothing.
+    window : int, optional
+        Most messages under way: sent, and the reply not yet merged. It bounds the server's memory
+        where the engine keeps messages in it, as a simulation does: about twice the clients that
+        run at a time keep all of them busy. None (default): all of a round, as Flower does; real
+        devices work side by side, and one that is slow holds up no other.
+    download_dtype : {torch.float16, torch.bfloat16}, optional
+        Send sub-models rounded to it: half the bytes, and budgets pay for more modules. None
+        (default): as they are.
+    upload_dtype : {torch.float16, torch.bfloat16, torch.int8}, optional
+        Devices return what changed, rounded to it; with `ErrorFeedback` on a device what that loses
+        is made up for later. None (default): the sub-model, as it is.
     checkpoint_dir : path, optional
         Folder for checkpoints. If there is one in it, `start` goes on from there.
     checkpoint_every : int (default: 1)
@@ -106,7 +127,9 @@ class ECLM(FedAvg):
     state : dict[str, Tensor]
         The cloud model's body in this round, as devices got it; to be read by `merge`.
     reply_metrics : dict[int, MetricRecord]
-        Device number -> the metrics of its reply, while `merge` runs.
+        Device number -> the metrics of its reply, of the updates that `merge` has got so far.
+    usual : list of (float, float)
+        Norm and number of examples of updates lately merged: what `limits` are multiples of.
     uses_importance : bool
         Of the class. False in a subclass whose `derive` and `merge` need no importance: devices
         are then never sent the selector, profiles have none, and `merge` weighs by examples.
@@ -128,6 +151,9 @@ class ECLM(FedAvg):
         query_config: ConfigRecord | None = None,
         round_timeout: float | None = None,
         min_replies: int = 1,
+        window: int | None = None,
+        download_dtype: torch.dtype | None = None,
+        upload_dtype: torch.dtype | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 1,
         **fedavg: Any,
@@ -141,6 +167,16 @@ class ECLM(FedAvg):
             raise ValueError(f"Expected round_timeout > 0 seconds or None, got {round_timeout}.")
         if min_replies < 1:
             raise ValueError(f"Expected min_replies >= 1, got {min_replies}.")
+        if window is not None and window < 1:
+            raise ValueError(f"Expected window >= 1 or None, got {window}.")
+        if download_dtype not in (None, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"Expected download_dtype float16, bfloat16 or None, got {download_dtype}."
+            )
+        if upload_dtype not in (None, *DTYPES.values()):
+            raise ValueError(
+                f"Expected upload_dtype float16, bfloat16, int8 or None, got {upload_dtype}."
+            )
         self.model = model
         self.weighting = weighting
         self.batch_norm = batch_norm
@@ -151,6 +187,8 @@ class ECLM(FedAvg):
         self.query_config = query_config or ConfigRecord()
         self.round_timeout = round_timeout
         self.min_replies = min_replies
+        self.window = window
+        self.download_dtype, self.upload_dtype = download_dtype, upload_dtype
         self.checkpoints = (
             None
             if checkpoint_dir is None
@@ -168,6 +206,7 @@ class ECLM(FedAvg):
             else "budget",
         )
         self.selections: dict[int, Selection] = {}
+        self.usual: list[tuple[float, float]] = []  # norm and examples of updates lately merged
         self.reply_metrics: dict[int, MetricRecord] = {}
         self.timeout = 3600.0  # seconds; `start` sets it
         self.phase = Phase.that_asks_nobody()  # the training or evaluation that is going on
@@ -240,6 +279,14 @@ class ECLM(FedAvg):
         return self.roster.seed
 
     @property
+    def costs(self) -> CostTable:
+        """What sub-models cost: the model's costs, with what travels at low precision cheaper."""
+        ways = (self.download_dtype, self.upload_dtype)
+        return self.model.costs.sent_at(
+            max(4.0 if dtype is None else bytes_per_value(dtype) for dtype in ways)
+        )
+
+    @property
     def profiles(self) -> dict[int, DeviceProfile]:
         """Device number -> its latest profile."""
         return self.told.latest
@@ -273,12 +320,34 @@ class ECLM(FedAvg):
         """
         if self.derive_on == "device":
             return profile.selection
-        return derive(profile.importance, self.model.costs, profile.budget)
+        return derive(profile.importance, self.costs, profile.budget)
+
+    def derive_all(
+        self, profiles: Sequence[DeviceProfile], server_round: int
+    ) -> list[Selection | InfeasibleBudgetError]:
+        """Derive a round's sub-models: what `derive` says of each device, or why it refuses."""
+        if type(self).derive is ECLM.derive and self.derive_on == "cloud":
+            importances = [profile.importance for profile in profiles]
+            budgets = [profile.budget for profile in profiles]
+            return list(derive_all(importances, self.costs, budgets))
+        derived: list[Selection | InfeasibleBudgetError] = []
+        for profile in profiles:
+            try:
+                derived.append(self.derive(profile, server_round))
+            except InfeasibleBudgetError as error:
+                derived.append(error)
+        return derived
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Draw devices, ask their profiles, and send each its sub-model."""
+        """Draw devices, ask their profiles, and derive and pack a sub-model for each.
+
+        Returns
+        -------
+        iterator of Message
+            Each is packed when it is asked for.
+        """
         return configure(self, MessageType.TRAIN, server_round, arrays, config, grid)
 
     def configure_evaluate(
@@ -301,13 +370,15 @@ class ECLM(FedAvg):
         if self._merged is not None and self._merged.arrays is arrays:
             self._cloud = self._merged
         elif self._cloud is None or self._cloud.arrays is not arrays:
-            self._cloud = CloudModel.opened(self.model, arrays, version=server_round - 1)
+            opened = CloudModel.opened(self.model, arrays, version=server_round - 1)
+            self._cloud = replace(opened, sent_as=self.download_dtype)
         self._merged = self._cloud
 
     def go_on_from(self, state: RunState) -> None:
         """Take over the state of an earlier run."""
-        self._cloud = self._merged = state.cloud
+        self._cloud = self._merged = replace(state.cloud, sent_as=self.download_dtype)
         self.told, self.selections = state.told, dict(state.selections)
+        self.usual = list(state.usual)
 
     def initialize_parameters(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse to be driven by a workflow of Flower's older API, which starts here."""
@@ -315,13 +386,15 @@ class ECLM(FedAvg):
 
     # ----------------------------------------------------------------- merge
 
-    def merge(self, updates: list[Update]) -> dict[str, Tensor]:
+    def merge(self, updates: Iterable[Update]) -> dict[str, Tensor]:
         """Merge a round's updates into the cloud model; override to merge otherwise.
 
         Parameters
         ----------
-        updates : list of Update
-            What came back and was checked, at least one, in the order of devices.
+        updates : iterator of Update
+            What comes back and is checked, at least one, in the order of devices but for some that
+            had to wait (`eclm_flower.adaptation.outliers.Peers`). To be iterated over once: each is
+            read when it is asked for, so that few are in memory.
 
         Returns
         -------
@@ -340,21 +413,31 @@ class ECLM(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Merge what returned, module by module; refuse what is broken."""
+        """Merge what returns, module by module, as it comes; refuse what is broken."""
         if self.fraction_train == 0.0:
             return None, None
-        received = read_training(
+        training = Training(
             replies,
             self.phase.requests,
             state=self.state,
             layers=self.model.layers.values(),
-            importance={device: told.importance for device, told in self.profiles.items()},
+            importance={
+                request.device: self.profiles[request.device].importance
+                for request in self.phase.requests
+            },
             arrayrecord_key=self.arrayrecord_key,
             weighted_by_key=self.weighted_by_key,
             limits=self.limits,
+            usual=self.usual,
+            sent_as=self.upload_dtype,
         )
+        self.reply_metrics = training.metrics
+        updates = iter(training)
+        first = list(islice(updates, 1))
+        merged = self.merge(_chained(first, updates)) if first else dict(self.state)
+        received = training.done()
+        usable = received.used
         self.phase.losses += received.counts
-        usable = len(received.updates)
         if usable < self.min_replies:
             log(
                 WARNING,
@@ -367,14 +450,13 @@ class ECLM(FedAvg):
             self.phase.count_modules(self.cloud, server_round)
             return None, self.phase.metrics()
         self.phase.used = usable
-        contents = list(received.contents.values())
-        self.reply_metrics = {
-            device: next(iter(content.metric_records.values()))
-            for device, content in received.contents.items()
-        }
-        self._merged = self.cloud.with_body(self.merge(received.updates), server_round)
+        self.usual = [*self.usual, *training.merged][-_REMEMBERED:]
+        self._merged = self.cloud.with_body(merged, server_round)
         self.phase.count_modules(self._merged, server_round)
-        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        contents = list(received.contents.values())
+        metrics = MetricRecord()
+        if contents:
+            metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
         metrics.update(self.phase.metrics())
         return self._merged.arrays, metrics
 
@@ -386,8 +468,15 @@ class ECLM(FedAvg):
             replies, self.phase.requests, weighted_by_key=self.weighted_by_key
         )
         self.phase.losses += received.counts
-        self.phase.used = len(received.contents)
+        self.phase.used = received.used
         if not received.contents:
             return None
         contents = list(received.contents.values())
         return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
+
+
+def _chained(first: list[Update], rest: Iterator[Update]) -> Iterator[Update]:
+    """Iterate over both, holding none."""
+    while first:
+        yield first.pop()
+    yield from rest

@@ -7,6 +7,7 @@ layers that look alike; that they are alike is checked on a model in which all a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
@@ -23,10 +24,26 @@ from eclm_flower.modular.modes import evaluating
 from eclm_flower.modular.real_device import FLOP_FORMULAS, FusedAttention
 from eclm_flower.modular.split import ModuleLayer
 
-#: What the transport adds to an array (npy header, descriptions, content hashes) and to a message
-#: (configuration, metrics); measured on Flower 1.41, a little generous, so that budgets hold.
-ARRAY_FRAMING_BYTES = 512
-MESSAGE_FRAMING_BYTES = 2048
+_MESSAGE, _ARRAY, _LAYER, _CHUNK = 2048, 512, 256, 128  # bytes
+_CHUNK_BYTES = 5e6  # Flower cuts arrays into chunks of this size
+
+
+def framing_bytes(*, layers: int, arrays: int, whole_bytes: int) -> int:
+    """Bytes that the transport adds to a sub-model, at most; measured on Flower 1.41.
+
+    A little generous (it hardly depends on what is chosen), so that budgets hold.
+
+    Parameters
+    ----------
+    layers : int
+        Module layers: the message says which modules of each it carries.
+    arrays : int
+        Arrays that the tensors travel in: shared part, modules, and the selector if it gates.
+    whole_bytes : int
+        What all tensors of the cloud model take: arrays travel in chunks.
+    """
+    chunks = math.ceil(whole_bytes / _CHUNK_BYTES)
+    return _MESSAGE + _ARRAY * arrays + _LAYER * layers + _CHUNK * chunks
 
 
 def measure_costs(
@@ -69,7 +86,7 @@ def measure_costs(
         per_module = {name: device.cost([name])[0] + single * -1 for name in per_module}
     shared = reduce(Cost.__add__, (c * -1 for c in per_module.values()), single)
     modules = {layer.name: layer.modules for layer in device.layers}
-    return CostTable(shared, per_module, modules, batch_size)
+    return CostTable(shared, per_module, modules, batch_size, device.framing_bytes)
 
 
 class _Device:
@@ -86,6 +103,13 @@ class _Device:
         self.body, self.layers, self.selector = body, layers, selector
         self.batch_size = batch_size
         self.whole = {**dict(body.named_parameters()), **dict(body.named_buffers())}
+        modular = {key for layer in layers for key in layer.axes}
+        arrays = {(k in modular, t.dtype) for k, t in self.whole.items() if t.is_floating_point()}
+        self.framing_bytes = framing_bytes(
+            layers=len(layers),
+            arrays=len(arrays) + (selector is not None),
+            whole_bytes=sum(tensor.nbytes for tensor in self.whole.values()),
+        )
         batch = (batch_size, *example_input.shape[1:])
         self.x = torch.empty(batch, dtype=example_input.dtype, device="meta")
 
@@ -124,8 +148,7 @@ class _Device:
         travelling = [t for t in (*state.values(), *frozen.values()) if t.is_floating_point()]
         trained = sum(tensor.nbytes for tensor in state.values() if tensor.requires_grad)
         cost = Cost(
-            communication_bytes=MESSAGE_FRAMING_BYTES
-            + sum(tensor.nbytes + ARRAY_FRAMING_BYTES for tensor in travelling),
+            communication_bytes=self.framing_bytes + sum(tensor.nbytes for tensor in travelling),
             computation_flops=counter.get_total_flops() // self.batch_size,
             memory_bytes=sum(tensor.nbytes for tensor in (*state.values(), *frozen.values()))
             + 2 * trained

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 
 from rich.table import Table
@@ -62,12 +62,15 @@ class CostTable:
         Layer name -> number of modules N.
     batch_size : int (default: 16)
         Samples of a batch in `memory_bytes`.
+    framing_bytes : int (default: 0)
+        What of the shared part's `communication_bytes` the transport adds.
     """
 
     shared: Cost
     per_module: Mapping[str, Cost]
     modules: Mapping[str, int]
     batch_size: int = 16
+    framing_bytes: int = 0
 
     def of(self, selection: Selection) -> Cost:
         """Cost of the sub-model of a selection."""
@@ -76,6 +79,17 @@ class CostTable:
             (self.per_module[name] * len(numbers) for name, numbers in selection.items()),
             self.shared,
         )
+
+    def sent_at(self, bytes_per_value: float) -> CostTable:
+        """Return the costs if every value, float32 before, took so many bytes of a transfer."""
+        factor = bytes_per_value / 4
+
+        def cheaper(cost: Cost, framing: int) -> Cost:
+            sent = framing + (cost.communication_bytes - framing) * factor
+            return replace(cost, communication_bytes=sent)
+
+        per_module = {name: cheaper(cost, 0) for name, cost in self.per_module.items()}
+        return replace(self, shared=cheaper(self.shared, self.framing_bytes), per_module=per_module)
 
     @property
     def least_share(self) -> float:

@@ -1,5 +1,7 @@
 """Invariant 5: a merge is order-free, leaves alone what nobody returned, and includes FedAvg."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -35,9 +37,34 @@ def test_the_order_of_replies_does_not_matter(state, layers, update_of, data, we
     updates = draw_updates(data, update_of, least=2)
     other_order = data.draw(st.permutations(updates))
     merged = merge(state, updates, layers, weighting=weighting)
-    again = merge(state, iter(other_order), layers, weighting=weighting)
+    again = merge(state, other_order, layers, weighting=weighting)
     assert list(merged) == list(again)
     assert all(torch.equal(merged[key], again[key]) for key in merged)
+
+
+@given(data=st.data(), weighting=st.sampled_from(WEIGHTINGS))
+def test_an_iterator_in_the_order_of_devices_gives_bit_for_bit_what_a_list_gives(
+    state, layers, update_of, data, weighting
+):
+    updates = draw_updates(data, update_of)
+    merged = merge(state, updates, layers, weighting=weighting)
+    in_order = iter(sorted(updates, key=lambda update: update.device))
+    again = merge(state, in_order, layers, weighting=weighting)
+    assert all(torch.equal(merged[key], again[key]) for key in merged)
+
+
+def test_an_iterator_is_merged_as_it_goes_and_no_update_is_held(state, layers, update_of):
+    def updates():
+        for device in range(3):
+            assert not any(ref() for ref in earlier)
+            update = update_of(device)
+            earlier.append(weakref.ref(update))
+            yield update
+            del update
+
+    earlier: list = []
+    merge(state, updates(), layers)
+    assert len(earlier) == 3
 
 
 @given(data=st.data(), weighting=st.sampled_from(WEIGHTINGS))

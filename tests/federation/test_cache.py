@@ -9,8 +9,9 @@ from torch import nn
 from eclm_flower import ECLM, Budget, modularize
 from eclm_flower.errors import RequestError
 from eclm_flower.federation.cache import ModuleCache, complete, digest, module_piece
+from eclm_flower.federation.client import body_of
 from eclm_flower.federation.cloud import CloudModel
-from eclm_flower.federation.messages import to_tensors
+from eclm_flower.federation.wire import SELECTOR_PART, by_part, forms, unflattened
 from eclm_flower.modular import slim_resnet
 
 pytestmark = pytest.mark.filterwarnings("ignore:The narrowest selector")
@@ -22,6 +23,20 @@ def cloud_of(model, **changed):
 
 def bytes_of(arrays):
     return sum(len(array.data) for array in arrays.values())
+
+
+def parts_of(model, selection):
+    """What a device expects of a sub-model; see `receive`."""
+    sub_model = model.sub_model(selection)
+    parts = by_part(forms(body_of(sub_model).state_dict()), model.layers.values())
+    if model.gating == "selector":
+        parts[SELECTOR_PART] = forms(sub_model.selector.state_dict())
+    return parts
+
+
+def put_together(model, selection, packed, cache):
+    arrays, config = packed
+    return complete(arrays, ConfigRecord(config), model, parts_of(model, selection), cache)
 
 
 @pytest.fixture(scope="module", params=["mlp", "slim resnet", "selector gates"])
@@ -53,11 +68,13 @@ def test_what_is_put_together_is_what_the_cloud_has(model, data, tmp_path_factor
     cloud = cloud_of(model)
     for number in range(3):
         selection = data.draw(selections(model))
-        arrays, config = cloud.pack(selection, cache.digests(model.costs.modules))
-        got = complete(to_tensors(arrays), ConfigRecord(config), model, cache)
-        expected = to_tensors(cloud.pack(selection)[0])
+        packed = cloud.pack(selection, cache.digests(model.costs.modules))
+        got = put_together(model, selection, packed, cache)
+        expected = unflattened(cloud.pack(selection)[0], parts_of(model, selection))
         assert got.keys() == expected.keys()
-        assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
+        for part, tensors in expected.items():
+            assert got[part].keys() == tensors.keys()
+            assert all(torch.equal(got[part][key], tensor) for key, tensor in tensors.items())
 
         state = dict(cloud.state)
         for layer in model.layers.values():
@@ -74,20 +91,20 @@ def test_only_what_changed_travels_again(tmp_path):
     half = {"0": (0, 2)}
     first, config = cloud.pack(half, cache.digests(model.costs.modules))
     assert first == cloud.pack(half)[0]  # nothing is held yet
-    complete(to_tensors(first), ConfigRecord(config), model, cache)
+    put_together(model, half, (first, config), cache)
 
     again, _ = cloud.pack(half, cache.digests(model.costs.modules))
     assert not again
     more, config = cloud.pack({"0": (0, 1, 2)}, cache.digests(model.costs.modules))
-    assert set(more) == {"body.0.weight", "body.0.bias", "body.2.weight"}
-    assert more["body.0.weight"].shape == (4, FEATURES)
+    assert set(more) == {"modules.float32"}
+    assert more["modules.float32"].shape == (4 * FEATURES + 4 + 4 * 8,)  # of one module
     assert config["eclm.sent.0"] == [1]
-    complete(to_tensors(more), ConfigRecord(config), model, cache)
+    put_together(model, {"0": (0, 1, 2)}, (more, config), cache)
     assert not cloud.pack({"0": (1,)}, cache.digests(model.costs.modules))[0]
 
     state = {**cloud.state, "4.bias": cloud.state["4.bias"] + 1}
     shared, config = cloud.with_body(state, 1).pack(half, cache.digests(model.costs.modules))
-    assert set(shared) == {"body.2.bias", "body.4.weight", "body.4.bias"}
+    assert set(shared) == {"shared.float32"}
 
 
 def test_a_piece_replaces_its_older_version(tmp_path):
@@ -181,8 +198,8 @@ def test_a_cache_of_another_model_is_as_good_as_none(tmp_path):
     )
     for device in range(4):
         cache, cloud = ModuleCache(tmp_path / str(device)), cloud_of(other)
-        arrays, config = cloud.pack({"0": (0, 5)}, cache.digests(other.costs.modules))
-        complete(to_tensors(arrays), ConfigRecord(config), other, cache)
+        packed = cloud.pack({"0": (0, 5)}, cache.digests(other.costs.modules))
+        put_together(other, {"0": (0, 5)}, packed, cache)
     _, without = run(tmp_path / "none", cached=False)
     _, result = run(tmp_path, cached=True)
     assert all(array.data == result.arrays[key].data for key, array in without.arrays.items())

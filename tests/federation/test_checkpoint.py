@@ -79,6 +79,10 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped(tmp_path, stop):
     assert result == expected  # arrays and all histories
     assert str(resumed.profiles) == str(straight.profiles)
     assert resumed.selections == straight.selections
+    assert resumed.usual == straight.usual
+    assert len(resumed.usual) == sum(
+        metrics["eclm-merged"] for metrics in result.train_metrics_clientapp.values()
+    )
     for name in FILES:
         newest = [folder / "round-000004" / name for folder in tmp_path.iterdir()]
         assert newest[0].read_bytes() == newest[1].read_bytes()
@@ -193,8 +197,8 @@ def test_the_only_checkpoint_damaged_is_refused_too(tmp_path):
 
 def test_another_format_is_refused(written_copy):
     path = written_copy / "round-000002" / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    refused(written_copy, "has format 2, but this version of eclm-flower reads format 1")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    refused(written_copy, "has format 1, but this version of eclm-flower reads format 2")
 
 
 @pytest.mark.parametrize(

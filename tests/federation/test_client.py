@@ -7,7 +7,9 @@ from torch import nn
 
 from eclm_flower import Budget, modularize, profile, receive, reply
 from eclm_flower.errors import RequestError
-from eclm_flower.federation.messages import BATCH_NORM, profile_from_content, to_array
+from eclm_flower.federation.cloud import CloudModel
+from eclm_flower.federation.messages import BATCH_NORM, profile_from_content
+from eclm_flower.federation.wire import SELECTOR_PART, flattened
 
 
 @pytest.fixture(autouse=True)
@@ -20,16 +22,9 @@ def context(**node_config):
 
 
 def message(model, selection, *, policy="frozen", kind="train"):
-    sub_model = model.sub_model(selection)
-    arrays = ArrayRecord(
-        {
-            f"body.{key}": to_array(value)
-            for key, value in sub_model.state_dict().items()
-            if value.is_floating_point()
-        }
-    )
-    config = {f"eclm.modules.{name}": list(numbers) for name, numbers in selection.items()}
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, BATCH_NORM: policy})})
+    cloud = CloudModel.opened(model, ArrayRecord(model.state_dict()), version=0)
+    arrays, told = cloud.pack(selection)
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({**told, BATCH_NORM: policy})})
     return Message(content, dst_node_id=1, message_type=kind)
 
 
@@ -100,7 +95,7 @@ def test_importance_is_computed_with_the_selector_of_the_cloud():
     cloud, device = build_model(), build_model()
     nn.init.zeros_(device.selector.heads.weight)
     x = torch.randn(30, 12)
-    selector = {f"selector.{k}": to_array(v) for k, v in cloud.selector.state_dict().items()}
+    selector = flattened(SELECTOR_PART, cloud.selector.state_dict())
     question = Message(
         RecordDict({"arrays": ArrayRecord(selector)}), dst_node_id=1, message_type="query"
     )

@@ -6,7 +6,8 @@ from flwr.clientapp import ClientApp
 
 from eclm_flower import Budget, Resizable, receive, reply, selection_of
 from eclm_flower.errors import RequestError
-from eclm_flower.federation.messages import BATCH_NORM, selection_to_config, to_array
+from eclm_flower.federation.cloud import CloudModel
+from eclm_flower.federation.messages import BATCH_NORM
 
 
 @pytest.mark.parametrize("gating", ["uniform", "selector"])
@@ -14,12 +15,11 @@ def test_a_reply_carries_all_that_was_received_or_is_refused(gating):
     grid_of(ClientApp())
     cloud = build_model(gating=gating)
     selection = {"0": (0, 1, 3)}
-    sub_model = cloud.sub_model(selection)
-    prefix = "" if gating == "selector" else "body."
-    arrays = {f"{prefix}{key}": to_array(t) for key, t in sub_model.state_dict().items()}
-    config = ConfigRecord({**selection_to_config(selection), BATCH_NORM: "frozen"})
+    opened = CloudModel.opened(cloud, ArrayRecord(cloud.state_dict()), version=0)
+    arrays, what_it_is = opened.pack(selection)
+    config = ConfigRecord({**what_it_is, BATCH_NORM: "frozen"})
     msg = Message(
-        RecordDict({"arrays": ArrayRecord(arrays), "config": config}),
+        RecordDict({"arrays": arrays, "config": config}),
         dst_node_id=1,
         message_type="train",
     )
@@ -34,5 +34,7 @@ def test_a_reply_carries_all_that_was_received_or_is_refused(gating):
         reply(msg, model, num_examples=1)
     resizable.grow()
     answer = reply(msg, model, num_examples=1)
-    for key, array in answer.content["arrays"].items():
+    returned = answer.content["arrays"]
+    assert set(returned) == {"shared.float32", "modules.float32"}
+    for key, array in returned.items():
         assert array.shape == arrays[key].shape

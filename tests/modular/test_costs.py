@@ -21,7 +21,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import Bottleneck
 
 from eclm_flower.modular import RESOURCES, Cost, CostTable, apply_policy, modularize, slim_resnet
-from eclm_flower.modular.cost_measurement import ARRAY_FRAMING_BYTES, MESSAGE_FRAMING_BYTES
+from eclm_flower.modular.cost_measurement import framing_bytes
 from eclm_flower.modular.real_device import FLOP_FORMULAS
 
 pytestmark = pytest.mark.filterwarnings("ignore:The narrowest selector")
@@ -89,7 +89,15 @@ def models(small_mlp):
     return models
 
 
-def measured(sub_model, example_input):
+def framing(model):
+    return framing_bytes(
+        layers=len(model.layers),
+        arrays=2 + (model.gating == "selector"),  # all of one dtype
+        whole_bytes=sum(tensor.nbytes for tensor in model.body.state_dict().values()),
+    )
+
+
+def measured(sub_model, example_input, framing):
     """Measure a sub-model by really running it: bytes of its arrays, FLOPs, kept activations."""
     apply_policy(sub_model, "frozen").train()
     arrays = [t for t in sub_model.state_dict().values() if t.is_floating_point()]
@@ -111,8 +119,7 @@ def measured(sub_model, example_input):
     state = sum(t.nbytes for t in sub_model.state_dict().values())
     activations = sum(t.untyped_storage().nbytes() for t in kept.values())
     return Cost(
-        communication_bytes=MESSAGE_FRAMING_BYTES
-        + sum(t.nbytes + ARRAY_FRAMING_BYTES for t in arrays),
+        communication_bytes=framing + sum(t.nbytes for t in arrays),
         computation_flops=counter.get_total_flops() / 8,
         memory_bytes=state + 2 * trained + activations,
         forward_flops=forward / 8,
@@ -135,7 +142,7 @@ def test_costs_add_up_to_what_a_real_sub_model_takes(models, family):
     def check(data):
         selection = draw_selection(data, model)
         promised = model.costs.of(selection)
-        real = measured(model.sub_model(selection), model.example_input)
+        real = measured(model.sub_model(selection), model.example_input, framing(model))
         assert promised.communication_bytes == real.communication_bytes
         assert promised.computation_flops == pytest.approx(real.computation_flops, rel=0.02)
         assert promised.forward_flops == pytest.approx(real.forward_flops, rel=0.02)
@@ -150,7 +157,8 @@ def test_the_whole_cost_is_that_of_all_modules(models, family):
     assert costs.modules == {name: layer.modules for name, layer in layers.items()}
     assert costs.whole == costs.of({name: range(n) for name, n in costs.modules.items()})
     selection = {name: range(n) for name, n in costs.modules.items()}
-    real = measured(models[family].sub_model(selection), models[family].example_input)
+    model = models[family]
+    real = measured(model.sub_model(selection), model.example_input, framing(model))
     assert costs.whole.communication_bytes == real.communication_bytes
 
 
@@ -184,10 +192,9 @@ def test_a_gated_model_pays_for_its_selector(small_mlp):
     arrays = list(gated.selector.state_dict().values())
     extra = sum(t.nbytes for t in arrays)
     shared = uniform.costs.shared
-    assert (
-        gated.costs.shared.communication_bytes
-        == shared.communication_bytes + extra + ARRAY_FRAMING_BYTES * len(arrays)
-    )
+    assert gated.costs.shared.communication_bytes == shared.communication_bytes + extra + framing(
+        gated
+    ) - framing(uniform)
     forward = sum(2 * p.numel() for p in gated.selector.parameters() if p.ndim == 2)
     assert gated.costs.shared.forward_flops == shared.forward_flops + forward
     assert gated.costs.shared.computation_flops == shared.computation_flops + forward  # frozen
@@ -262,10 +269,10 @@ def test_costs_add_and_scale():
 
 def test_a_linear_pair_costs_what_arithmetic_says():
     body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    costs = modularize(body, modules_per_layer=4, example_input=torch.zeros(1, 6)).costs
+    model = modularize(body, modules_per_layer=4, example_input=torch.zeros(1, 6))
+    costs = model.costs
     (module,) = costs.per_module.values()
     assert module.communication_bytes == 4 * (2 * 6 + 2 + 3 * 2)
     # forward and the gradient of the weights for both, the gradient of the input for the second
     assert module.computation_flops == 2 * (2 * 6) * 2 + 2 * (2 * 3) * 3
-    framing = MESSAGE_FRAMING_BYTES + 4 * ARRAY_FRAMING_BYTES
-    assert costs.shared.communication_bytes == 4 * 3 + framing
+    assert costs.shared.communication_bytes == 4 * 3 + framing(model)

@@ -8,7 +8,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from eclm_flower import receive
 from eclm_flower.federation import InProcessGrid
-from eclm_flower.federation.messages import BATCH_NORM, BODY, selection_to_config, to_array
+from eclm_flower.federation.cloud import CloudModel
+from eclm_flower.federation.messages import BATCH_NORM
 from simulations.client_app import app
 from simulations.held import device_folder, keep, opened
 from simulations.settings import Settings
@@ -20,9 +21,9 @@ def sent() -> tuple[Message, World]:
     InProcessGrid(app, 1)  # messages can only be made inside a run
     world = World(Settings(devices=2, per_round=1), seed=0)
     selection = dict.fromkeys(world.model.layers, (0, 3, 7))
-    state = world.model.sub_model(selection).state_dict()
-    arrays = ArrayRecord({f"{BODY}{key}": to_array(tensor) for key, tensor in state.items()})
-    config = {**selection_to_config(selection), BATCH_NORM: "frozen", "x": 1.5, "y": True}
+    cloud = CloudModel.opened(world.model, ArrayRecord(world.model.state_dict()), version=0)
+    arrays, told = cloud.pack(selection)
+    config = {**told, BATCH_NORM: "frozen", "x": 1.5, "y": True}
     content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
     return Message(content, 1, "evaluate"), world
 

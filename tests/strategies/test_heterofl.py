@@ -10,6 +10,8 @@ from unequal_federation import CLASSES, app_for, build_model, local_data, receiv
 
 from eclm_flower import modularize
 from eclm_flower.adaptation import Update
+from eclm_flower.federation.client import selection_of
+from eclm_flower.federation.wire import by_part, forms, unflattened
 from eclm_flower.modular import slim_resnet
 from strategies.heterofl import METHOD, head_keys, masked_cross_entropy, merge_rows
 from strategies.scaler import scale_hidden_units
@@ -112,13 +114,15 @@ def test_masked_cross_entropy_gives_no_gradient_to_absent_classes():
 
 
 def test_a_class_keeps_its_head_row_on_devices_without_it_and_is_merged_from_the_others():
-    replies = {}
+    replies, model = {}, build_model()
     app = app_for(METHOD)
     train = app._registered_funcs["train.default"]
 
     def spy(msg: Message, context) -> Message:
         answer = train(msg, context)
-        replies[context.node_config["partition-id"]] = answer.content["arrays"]["body.9.weight"]
+        state = model.sub_model(selection_of(msg)).state_dict()
+        parts = unflattened(answer.content["arrays"], by_part(forms(state), model.layers.values()))
+        replies[context.node_config["partition-id"]] = parts["shared"]["9.weight"]
         return answer
 
     app._registered_funcs["train.default"] = spy
