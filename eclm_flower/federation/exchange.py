@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from eclm_flower.federation.traffic import Traffic, content_bytes
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.05, 1.0, 1.5  # seconds between two looks
+_SHORTEST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.01, 1.0, 1.5  # seconds between two looks
 _TOGETHER = 32  # messages of a push: what is packed in memory before any of it is sent
 
 # Flower's error codes (flwr.common.constant.ErrorCode), in words an operator can act on.
@@ -119,6 +119,7 @@ def stream(
             del reply  # or the last one would stay in memory
 
         left = until.left
+        all_sent = all_sent or left == 0  # who was not asked in time is not asked any more
         for message_id in list(under_way):
             if message_id in waiting:
                 if left > 0:

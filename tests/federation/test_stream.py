@@ -157,3 +157,11 @@ def test_neither_messages_nor_replies_are_kept():
         assert not any(kept() for kept in came)
         assert not any(kept() for kept in sent[:number])
     assert len(sent) == len(came) == NODES
+
+
+def test_nobody_is_asked_after_the_deadline():
+    grid = Drawn(lambda there: there)
+    questions = map(question, range(NODES))
+    came = stream(grid, questions, until=Deadline.after(0), window=3)
+    assert [number_of(reply) for reply in came] == [0, 1, 2]
+    assert grid.pushed == [0, 1, 2]
