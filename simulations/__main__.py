@@ -43,6 +43,9 @@ EnhancingEpochs = Annotated[
 ]
 Seeds = Annotated[str, Option(help="Comma separated seeds.")]
 Out = Annotated[str, Option(help="Folder for the results.")]
+OfflineDir = Annotated[
+    str, Option(help="Folder of prepared cloud models that runs share; else one in --out.")
+]
 
 
 @cli.callback()
@@ -89,12 +92,24 @@ def run(
         int, Option(help="Epochs on a device, in a round and in local adaptation.")
     ] = _DEFAULT.local_epochs,
     learning_rate: Annotated[float, Option(help=f"Learning rate on devices. {_SUITED}")] = -1,
+    rates: Annotated[
+        str, Option(help="A .toml of learning rates, strategy by strategy; see tune.")
+    ] = "",
     batch_size: Annotated[int, Option(help="Batch size on devices.")] = _DEFAULT.batch_size,
     classes_per_device: ClassesPerDevice = -1,
     alpha: Alpha = _DEFAULT.alpha,
     feature_shift: FeatureShift = _DEFAULT.feature_shift,
     views: Views = "",
     strength: Strength = _DEFAULT.strength,
+    judged_on: Annotated[
+        str, Option(help="test, or validation: training data that is kept back for choices.")
+    ] = _DEFAULT.judged_on,
+    masked_loss: Annotated[
+        bool, Option("--masked-loss", help="Devices train among their own classes only.")
+    ] = _DEFAULT.masked_loss,
+    guard: Annotated[
+        bool, Option("--guard", help="Devices undo a local adaptation that doesn't help.")
+    ] = _DEFAULT.guard,
     epochs: Epochs = -1,
     enhancing_epochs: EnhancingEpochs = -1,
     module_cache: Annotated[
@@ -106,6 +121,7 @@ def run(
     seeds: Seeds = "0",
     engine: Annotated[str, Option(help="ray or in-process.")] = "ray",
     out: Out = _DEFAULT.out,
+    offline_dir: OfflineDir = "",
     resume: Annotated[
         bool, Option("--resume", help="Do what an interrupted run in --out left undone.")
     ] = False,
