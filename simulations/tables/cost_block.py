@@ -48,9 +48,9 @@ def cost_block(title: str, rows: Rows, order: list[str]) -> Block:
         block.lines.append(cells)
     block.notes.append(
         "Best: of the mean over devices, over all rounds, mean over seeds. MB and s to "
-        f"{REFERENCE}'s best: mean over the seeds that reach it, in brackets how many do. Fewer and "
-        f"faster: what {REFERENCE} spent, over it, geometric mean; {NOTHING} where {REFERENCE} was "
-        f"never better than at the start. {WHOLE} / it: mean of the devices' ratios."
+        f"{REFERENCE}'s best: mean over the seeds that reach it, in brackets how many do. Fewer "
+        f"and faster: what {REFERENCE} spent, over it, geometric mean; {NOTHING} where {REFERENCE} "
+        f"was never better than at the start. {WHOLE} / it: mean of the devices' ratios."
     )
     return block
 

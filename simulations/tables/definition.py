@@ -21,9 +21,9 @@
     of = "cifar10-m2/eclm"
     minus = "cifar10-m2/nested"
 
-A row may also have ``preset``, whose options the file's own ones override; ``tuned``, the name of
-the row (of another table: ``table/row``) whose tuned rates it takes; and ``paper``, the name of a
-row of the paper's own table.
+A row, or options of many, may also have ``preset``, whose options the file's own ones override;
+``tuned``, the name of the row (of another table: ``table/row``) whose tuned rates are taken; and
+``paper``, the name of a row of the paper's own table.
 """
 
 from __future__ import annotations
@@ -181,7 +181,6 @@ def read_table(name: str, *, data_dir: str = "") -> TableDefinition:
 
 
 def _row(given: dict[str, Any], table: dict[str, Any], path: Path, data_dir: str) -> TableRow:
-    own = {key: value for key, value in given.items() if key not in _OF_A_ROW}
     name = str(given.get("name", ""))
     if not _NAME.fullmatch(name):
         raise SettingsError(
@@ -189,19 +188,20 @@ def _row(given: dict[str, Any], table: dict[str, Any], path: Path, data_dir: str
             f"got '{name}'."
         )
     what = f"the row {name} of {path}"
-    layers = [table.get("options", {}), own]
+    layers = [table.get("options", {}), given]
     dataset = next((layer["dataset"] for layer in layers[::-1] if "dataset" in layer), "")
     layers.insert(1, table.get("options-of", {}).get(dataset, {}))
-    options: dict[str, Any] = read_preset(given["preset"]) if "preset" in given else {}
-    for layer in layers:
-        options |= sound_options(layer, what, but=("rates", "data_dir", "offline_dir", "engine"))
+    written = {key: value for layer in layers for key, value in layer.items()}
+    options: dict[str, Any] = read_preset(written["preset"]) if "preset" in written else {}
     options.pop("engine", None)
+    own = {key: value for key, value in written.items() if key not in _OF_A_ROW}
+    options |= sound_options(own, what, but=("rates", "data_dir", "offline_dir", "engine"))
     row = TableRow(
         name=name,
         title=str(given.get("title", name)),
         options={**options, **({"data_dir": data_dir} if data_dir else {})},
-        tuned=str(given.get("tuned", "")),
-        paper=str(given.get("paper", "")),
+        tuned=str(written.get("tuned", "")),
+        paper=str(written.get("paper", "")),
     )
     try:
         row.settings()
