@@ -61,7 +61,8 @@ INFERRED = ("label counts", "importance", "local losses")
 def main(
     dataset: str = "cifar10",
     data_dir: Annotated[str, typer.Option(help="Folder with cifar10/ in it.")] = "",
-    model: Annotated[str, typer.Option(help="As in python -m simulations run.")] = "auto",
+    resolution: Annotated[int, typer.Option(help="As in python -m simulations run.")] = 0,
+    model: Annotated[str, typer.Option(help="The same.")] = "auto",
     views: Annotated[str, typer.Option(help="Environments, one a device.")] = VIEWS,
     classes_per_device: Annotated[
         int, typer.Option(help="Label skew instead of views: classes of a device.")
@@ -83,6 +84,7 @@ def main(
         settings = Settings.suited(
             dataset=dataset,
             data_dir=data_dir,
+            resolution=resolution,
             model=model,
             devices=devices,
             classes_per_device=classes_per_device,

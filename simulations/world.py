@@ -43,7 +43,7 @@ class World:
                 strength=settings.strength,
             )
         return Environment(
-            _data(settings.dataset, data_dir),
+            _data(settings.dataset, data_dir, settings.resolution or None),
             devices=settings.devices,
             classes_per_device=settings.classes_per_device or None,
             alpha=settings.alpha or None,
