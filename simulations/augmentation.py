@@ -18,7 +18,7 @@ def augmentation_of(world: World) -> Augment | None:
 
 
 def flip_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip and shift photographs at random, each its own way: ``[B, C, y, x]``, an eighth at most."""
+    """Flip photographs ``[B, C, y, x]`` at random, and shift them by up to an eighth."""
     number, _, height, width = x.shape
     most = max(height, width) // 8  # 4 of 32 pixels, as is usual
     padded = F.pad(x, (most, most, most, most))

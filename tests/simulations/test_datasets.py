@@ -347,7 +347,8 @@ def test_images_at_a_lower_resolution_are_means_of_their_pixels(tmp_path):
     half = load_data(str(tmp_path / "own.npz"), resolution=4)
     assert half.input_shape == (3, 4, 4)
     (x, y), (small, same) = whole.tensors(whole.train), half.tensors(half.train)
-    assert small.shape[1:] == (3, 4, 4) and torch.equal(y, same)
+    assert small.shape[1:] == (3, 4, 4)
+    assert torch.equal(y, same)
     torch.testing.assert_close(small[:, :, 0, 1], x[:, :, :2, 2:4].mean(dim=(2, 3)))
 
 
