@@ -176,7 +176,12 @@ def load_data(
 
 
 def _from_arrays(
-    name: str, arrays: Arrays, *, images: bool = True, **normalisation: tuple[float, ...]
+    name: str,
+    arrays: Arrays,
+    *,
+    images: bool = True,
+    mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,),
 ) -> LabelledData:
     """Build from checked ``x`` ``[n, ...]``, ``y`` ``[n]``, optional ``device`` and ``test``."""
     x, y, test = arrays["x"], arrays["y"], arrays.get("test")
@@ -198,7 +203,8 @@ def _from_arrays(
         num_classes=int(y.max()) + 1,
         input_shape=tuple(x.shape[1:]),
         images=images and x.ndim == 4,
-        **normalisation,
+        mean=mean,
+        std=std,
     )
 
 

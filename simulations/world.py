@@ -22,6 +22,9 @@ from simulations.fleet import Device, draw_fleet
 from simulations.models import build_model
 from simulations.settings import Settings
 
+#: Most sub-tasks that get delta modules: the cloud stores a core, a quarter of a model, for each.
+MOST_DELTAS = 64
+
 
 @dataclass(frozen=True)
 class World:
@@ -52,6 +55,12 @@ class World:
             seed=self.seed,
         )
 
+    @property
+    def sub_tasks(self) -> int:
+        """Number of sub-tasks that get delta modules: those of the proxy data, unless too many."""
+        number = int(self.environment.proxy_sub_tasks.max()) + 1
+        return number if number <= MOST_DELTAS else 0
+
     @cached_property
     def fleet(self) -> list[Device]:
         """Who the devices are."""
@@ -71,6 +80,7 @@ class World:
             return modularize(
                 body,
                 modules_per_layer=self.settings.modules,
+                sub_tasks=self.sub_tasks,
                 example_input=torch.zeros(1, *shape),
             )
 
