@@ -1,8 +1,8 @@
 """What of a device's change goes to its sub-tasks' delta modules (not in the paper).
 
-A device of mixture w trained ``W + sum_s (w_s - mean(w)) D_s``; what it changed is c. The mean of
-all changes goes to W, as without delta modules (`merge`). What the devices of a sub-task changed
-beyond that goes to the sub-task's delta module:
+A device of mixture w trained W with the differences of its sub-tasks; what it changed is c. The
+mean of all changes goes to W, as without delta modules (`merge`). What the devices of a sub-task
+changed beyond that goes to the sub-task's delta module:
 
     D_s <- D_s + step * k / (k + 1) * (mean over devices of c, weighted by w_s x examples, - mean c)
 

@@ -5,11 +5,11 @@ modules shared with all. A delta module takes nothing away: for each sub-task s 
 difference D_s on the shared part and on the core modules (the first of each layer). A device whose
 data comes from the sub-tasks s in proportions w_s gets
 
-    W + sum_s (w_s - mean(w)) D_s
+    W + sum_s v_s D_s,   v_s = max(0, w_s - 1 / S) * S / (S - 1)
 
 merged in the cloud before it is sent: a plain sub-model of the same bytes and FLOPs. The cloud
-stores the core S times more. A device of which nothing is known (all w_s alike) gets W. The mean
-is taken off so that the differences hold what sub-tasks do not have in common.
+stores the core S times more. A device of one sub-task gets W + D_s, and one of which nothing is
+known (all w_s alike) gets W.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ class DeltaModules(nn.Module):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def difference(self, selection: Selection, mixture: Mixture) -> dict[str, Tensor]:
-        """Add up what a device's sub-model differs by from W.
-
-        It is linear in the mixture; gradients flow back to the differences.
+        """Add up what a device's sub-model differs by from W; gradients flow back to it.
 
         Parameters
         ----------
@@ -132,12 +130,14 @@ class DeltaModules(nn.Module):
         ValueError
             The mixture is not of S sub-tasks.
         """
-        weights = torch.as_tensor(mixture, dtype=torch.float32)
+        weights = torch.as_tensor(mixture, dtype=torch.float64)
         if weights.shape != (self.sub_tasks,):
             raise ValueError(
                 f"Expected a mixture of {self.sub_tasks} sub-tasks, got {list(weights.shape)}."
             )
-        weights = weights - weights.mean()
+        if self.sub_tasks > 1:
+            number = self.sub_tasks
+            weights = (weights - 1 / number).clamp(min=0) * (number / (number - 1))
         result = {}
         for key, differences in self.tensors.items():
             difference = torch.tensordot(weights.to(differences), differences, dims=1)

@@ -67,7 +67,8 @@ def test_a_sub_model_is_cut_out_of_the_whole_model_with_its_deltas(data, small_m
     with torch.no_grad():
         for key, parameter in whole.body.named_parameters():
             differences = model.deltas.tensors[key]
-            difference = sum(w * d for w, d in zip(mixture - 1 / S, differences, strict=True))
+            weights = (mixture - 1 / S).clamp(min=0) * S / (S - 1)
+            difference = sum(w * d for w, d in zip(weights, differences, strict=True))
             for layer in whole.layers.values():
                 if key in layer.axes:
                     own = layer.packed(key, difference)
@@ -90,12 +91,25 @@ def test_who_is_not_known_gets_the_shared_weights(model):
         assert not torch.allclose(known[key], parameter)
 
 
+def test_a_device_of_one_sub_task_gets_its_difference_whole(model):
+    everything = chosen(model)
+    for s in range(S):
+        alone = model.deltas.difference(everything, equal_mixture([s], S))
+        for layer in model.layers.values():
+            for key in layer.axes.keys() & alone.keys():
+                own = model.deltas.tensors[key][s]
+                torch.testing.assert_close(
+                    layer.packed(key, alone[key])[:2], layer.packed(key, own)
+                )
+                assert not layer.packed(key, alone[key])[2:].any()  # beyond the core
+
+
 def test_gradients_reach_the_shared_weights_and_the_deltas(model):
     state = merged(model, chosen(model, 2), [1, 0, 0])
     sum(tensor.sum() for tensor in state.values() if tensor.is_floating_point()).backward()
     for key, parameter in model.body.named_parameters():
         assert parameter.grad.abs().sum() > 0
-        assert all(row.abs().sum() > 0 for row in model.deltas.tensors[key].grad)
+        assert model.deltas.tensors[key].grad[0].abs().sum() > 0
 
 
 def test_the_cloud_stores_a_core_for_each_sub_task():
