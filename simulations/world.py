@@ -16,11 +16,11 @@ import torch
 from eclm_flower import Budget, modularize
 from eclm_flower.modular import ModularModel
 from simulations.conditions import Conditions, conditions_of, shares_of
-from simulations.datasets import load_data
-from simulations.environment import DeviceData, Environment, FeatureShift
+from simulations.datasets import LabelledData, load_data
+from simulations.environment import DeviceData, Environment, FeatureShift, for_validation
 from simulations.fleet import Device, draw_fleet
 from simulations.models import build_model
-from simulations.settings import Settings
+from simulations.settings import JudgedOn, Settings
 
 #: Most sub-tasks that get delta modules: the cloud stores a core, a quarter of a model, for each.
 MOST_DELTAS = 64
@@ -46,7 +46,7 @@ class World:
                 strength=settings.strength,
             )
         return Environment(
-            _data(settings.dataset, data_dir, settings.resolution or None),
+            _data(settings.dataset, data_dir, settings.resolution or None, settings.judged_on),
             devices=settings.devices,
             classes_per_device=settings.classes_per_device or None,
             alpha=settings.alpha or None,
@@ -136,4 +136,9 @@ def world_of(settings: Settings, seed: int) -> World:
     return World(settings, seed)
 
 
-_data = lru_cache(maxsize=2)(load_data)
+@lru_cache(maxsize=2)
+def _data(
+    name: str, data_dir: Path | None, resolution: int | None, judged_on: JudgedOn
+) -> LabelledData:
+    data = load_data(name, data_dir, resolution)
+    return for_validation(data) if judged_on == "validation" else data
