@@ -208,7 +208,7 @@ def _as_deployed(
             )
         )
     held_out = None
-    if model.sub_tasks and config.delta_rate > 0:
+    if model.sub_tasks and config.delta_rate > 0 and config.enhancing_epochs > 0:
         if proxy.num_sub_tasks != model.sub_tasks:
             raise PrototypingError(
                 f"Expected proxy data of the {model.sub_tasks} sub-tasks the model was modularised "
