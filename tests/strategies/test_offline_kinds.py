@@ -93,7 +93,7 @@ def test_sub_models_are_best_where_they_were_trained_as_deployed(prepared, offli
         "windows": 0,
         "branches": 0,
         "split": 0.02,
-        "whole": 0.1,
+        "whole": 0.02,
     }.items():
         if other != offline:
             assert own > quarter(prepared[other], choose) + margin, other
