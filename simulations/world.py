@@ -22,6 +22,9 @@ from simulations.fleet import Device, draw_fleet
 from simulations.models import build_model
 from simulations.settings import JudgedOn, Settings
 
+#: Most sub-tasks that get delta modules: the cloud stores a core, a quarter of a model, for each.
+MOST_DELTAS = 64
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,7 +46,7 @@ class World:
                 strength=settings.strength,
             )
         return Environment(
-            _data(settings.dataset, data_dir, settings.judged_on),
+            _data(settings.dataset, data_dir, settings.resolution or None, settings.judged_on),
             devices=settings.devices,
             classes_per_device=settings.classes_per_device or None,
             alpha=settings.alpha or None,
@@ -51,6 +54,12 @@ class World:
             feature_shift=feature_shift,
             seed=self.seed,
         )
+
+    @property
+    def sub_tasks(self) -> int:
+        """Number of sub-tasks that get delta modules: those of the proxy data, unless too many."""
+        number = int(self.environment.proxy_sub_tasks.max()) + 1
+        return number if number <= MOST_DELTAS else 0
 
     @cached_property
     def fleet(self) -> list[Device]:
@@ -71,6 +80,7 @@ class World:
             return modularize(
                 body,
                 modules_per_layer=self.settings.modules,
+                sub_tasks=self.sub_tasks,
                 example_input=torch.zeros(1, *shape),
             )
 
@@ -127,6 +137,8 @@ def world_of(settings: Settings, seed: int) -> World:
 
 
 @lru_cache(maxsize=2)
-def _data(name: str, data_dir: Path | None, judged_on: JudgedOn) -> LabelledData:
-    data = load_data(name, data_dir)
+def _data(
+    name: str, data_dir: Path | None, resolution: int | None, judged_on: JudgedOn
+) -> LabelledData:
+    data = load_data(name, data_dir, resolution)
     return for_validation(data) if judged_on == "validation" else data

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from eclm_flower.errors import PrototypingError
 
@@ -57,8 +57,42 @@ class ProxyData:
     def __len__(self) -> int:
         return len(self.sub_tasks)
 
+    def split(self, share: float) -> tuple[ProxyData, ProxyData]:
+        """Part with a share of the samples: the last ones of each sub-task, one at least.
+
+        Returns
+        -------
+        tuple[ProxyData, ProxyData]
+            The first ones, in their order, and the last ones, which are never augmented.
+
+        Raises
+        ------
+        PrototypingError
+            A sub-task has a single sample.
+        """
+        if min(map(len, self._rows)) < 2:
+            raise PrototypingError(
+                "Expected at least 2 samples of each sub-task, one of them to be held out."
+            )
+        kept_back = np.zeros(len(self), dtype=bool)
+        for rows in self._rows:
+            kept_back[rows[-min(len(rows) - 1, max(1, round(share * len(rows)))) :]] = True
+        parts = []
+        for own, augment in ((~kept_back, self.augment), (kept_back, None)):
+            rows = np.flatnonzero(own)
+            data: Dataset[Any] = Subset(self.data, rows.tolist())
+            if isinstance(self.data, TensorDataset):
+                data = TensorDataset(*self.data[rows])
+            parts.append(ProxyData(data, self.sub_tasks[rows], augment))
+        return parts[0], parts[1]
+
     def batches(self, row_batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
         """Yield the samples of each list of rows as ``(x, y, sub_task)``."""
+        if isinstance(self.data, TensorDataset):  # no need to collect it sample by sample
+            for rows in row_batches:
+                x, y, *_ = self.data[list(rows)]
+                yield x, y, self.sub_tasks[list(rows)]
+            return
         loader: DataLoader[Any] = DataLoader(
             self.data, batch_sampler=[list(rows) for rows in row_batches]
         )
