@@ -53,7 +53,7 @@ def test_every_table_is_sound(name: str):
         assert settings.data_dir == "/data"
         assert settings.judged_on == "test"
         if row.paper:
-            assert set(paper_row(row.paper)) == set(settings.strategies)
+            assert set(paper_row(row.paper)) <= set(settings.strategies)
         if row.tuned:
             known, tuned = row.tuned.split("/") if "/" in row.tuned else (name, row.tuned)
             tuning = read_table(known).row(tuned).settings()
