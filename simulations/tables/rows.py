@@ -23,9 +23,7 @@ _FREE = ("strategies", "seeds", "out", "offline_dir", "resume", "data_dir", "rat
 _ENDS = {  # column of a run -> here; means over the ends of steps
     "accuracy_before": "sent",
     "accuracy_after": "adapted",
-    "masked_before": "masked_sent",
     "masked_after": "masked",
-    "modules": "modules",
     "memory": "memory",
     "seconds": "seconds",
 }
@@ -43,35 +41,32 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Means over the ends of steps: accuracy ``sent`` and ``adapted``, both also ``masked``,
-        ``modules``, peak ``memory`` (bytes) and ``seconds`` of an adaptation; mean over shifts:
-        ``held``, accuracy right after a shift; total: bytes ``delivered``.
+        Means over the ends of steps: accuracy ``sent``, ``adapted`` and, adapted, ``masked``; peak
+        ``memory`` (bytes) and ``seconds`` of an adaptation; mean over shifts: ``held``, accuracy
+        right after a shift.
     """
     keys = ["strategy", "seed", "device"]
     last = frame.groupby(["strategy", "seed", "step"])["round"].transform("max")
     result = frame[frame["round"] == last].groupby(keys)[list(_ENDS)].mean().rename(columns=_ENDS)
     result["memory"] = result["memory"].round()
-    by_device = frame.groupby(keys)
-    result["held"] = by_device["accuracy_held"].mean()
-    result["delivered"] = by_device["bytes_delivered"].sum()
+    result["held"] = frame.groupby(keys)["accuracy_held"].mean()
     return _short(result.reset_index())
 
 
 def course(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each strategy, seed and evaluated round.
+    """Return a row for each strategy, seed and evaluated round; of later steps only their ends.
 
     Returns
     -------
     DataFrame
-        Means over devices: accuracy ``sent``, ``adapted``, ``held`` (right after a shift); accuracy
-        of the ``whole`` cloud model; so far: ``bytes`` of queries and training, both ways, and
-        simulated seconds of rounds (``clock``).
+        Means over devices: accuracy ``sent`` and ``adapted``; so far: ``bytes`` of queries and
+        training, both ways, and simulated seconds of rounds (``clock``).
     """
-    keys = ["strategy", "seed", "step", "round"]
     result = curves(frame).rename(columns={"accuracy_before": "sent", "accuracy_after": "adapted"})
-    more = frame.groupby(keys, sort=True)[["accuracy_held", "accuracy_global"]].mean()
-    result["held"], result["whole"] = (more[name].to_numpy() for name in more)
-    return _short(result[[*keys, "sent", "adapted", "held", "whole", "bytes", "clock"]])
+    ends_at = result.groupby(["strategy", "seed", "step"])["round"].transform("max")
+    result = result[(result["step"] == 0) | (result["round"] == ends_at)]
+    columns = ["strategy", "seed", "step", "round", "sent", "adapted", "bytes", "clock"]
+    return _short(result[columns].reset_index(drop=True))
 
 
 def _short(frame: pd.DataFrame) -> pd.DataFrame:

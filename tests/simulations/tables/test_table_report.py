@@ -48,17 +48,15 @@ def rows_of(accuracy: dict[str, float], *, held: float = float("nan"), masked: f
                 ends.append(
                     {
                         "strategy": strategy, "seed": seed, "device": device, "sent": mean - 0.1,
-                        "adapted": mean + 0.01 * device, "masked_sent": mean,
-                        "masked": 1 - mean + masked, "modules": 8, "memory": 2_000_000,
-                        "seconds": 0.5, "held": held, "delivered": 10,
+                        "adapted": mean + 0.01 * device, "masked": 1 - mean + masked,
+                        "memory": 2_000_000, "seconds": 0.5, "held": held,
                     }
                 )  # fmt: skip
             for r in (0, 1):
                 course.append(
                     {
                         "strategy": strategy, "seed": seed, "step": 0, "round": r, "sent": mean * r,
-                        "adapted": mean, "held": held, "whole": 0.5, "bytes": r * mean * 1e7,
-                        "clock": float(r),
+                        "adapted": mean, "bytes": r * mean * 1e7, "clock": float(r),
                     }
                 )  # fmt: skip
     settings = identity(Settings(strategies=("eclm",)))

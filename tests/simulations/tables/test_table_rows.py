@@ -48,9 +48,15 @@ def test_ends_are_means_over_the_ends_of_steps():
     last = own[own["round"].isin([2, 4, 6]) & (own["round"] == 2 * own["step"] + 2)]
     assert len(last) == 3
     assert one["adapted"] == pytest.approx(last["accuracy_after"].mean(), abs=1e-4)
-    assert one["masked_sent"] == pytest.approx(last["masked_before"].mean(), abs=1e-4)
+    assert one["masked"] == pytest.approx(last["masked_after"].mean(), abs=1e-4)
     assert one["held"] == 0.25
-    assert one["delivered"] == 3 * 70
+
+
+def test_a_course_has_every_round_of_the_first_step_and_the_ends_of_others():
+    made = course(frame())
+    own = made[(made["strategy"] == "eclm") & (made["seed"] == 1)]
+    assert own["round"].tolist() == [0, 1, 2, 4, 6]
+    assert own["bytes"].tolist() == [4 * 1500 * n for n in (1, 2, 3, 6, 9)]
 
 
 def test_means_are_those_of_a_runs_own_summary():
