@@ -174,6 +174,7 @@ class Federation:
         arrays, metrics = self.strategy.aggregate_train(self._round, replies)
         if arrays is None or metrics["eclm-merged"] != metrics["eclm-asked"]:
             raise RuntimeError(f"Expected all replies to be merged, got {metrics}.")
+        self.arrays = arrays  # as the next round gets them
 
 
 def _telling(model: ModularModel) -> ClientApp:

@@ -17,11 +17,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from eclm_flower.adaptation.robust import Robust, by_vote, clipped
 from eclm_flower.adaptation.update import Update
 from eclm_flower.modular.split import ModuleLayer
+
+_SMALL = 2**15  # values for which calling PyTorch takes longer than computing
+_EXACT = (torch.float32, torch.float64)  # a share in lower precision would be another
 
 Weighting = Literal["importance-examples", "importance", "examples"]
 
@@ -64,7 +68,7 @@ class RunningMean:
         """Take an update in."""
         if self._examples == 0:  # the first one: until now the tensors are the caller's own
             for key in (*self._shared, *(k for keys in self._modular.values() for k in keys)):
-                self.state[key] = self.state[key].clone()
+                self.state[key] = self.state[key].clone()  # in the same order of memory
         # A mean moves towards what comes by the share of its weight: all of the way at first, so
         # that a value alone is taken as it is, and not at all where all agree.
         self._examples += update.num_examples
@@ -79,8 +83,12 @@ class RunningMean:
             for key in self._modular[layer.name]:
                 mean = layer.packed(key, self.state[key])
                 came = layer.packed(key, update.state[key])
-                for position, (module, share) in enumerate(zip(modules, shares, strict=True)):
-                    mean[module].lerp_(came[position], float(share))
+                if came.numel() <= _SMALL and came.dtype in _EXACT:
+                    _move_together(mean, came, modules, shares)
+                    continue
+                pieces = mean.unbind()
+                for module, piece, share in zip(modules, came.unbind(), shares, strict=True):
+                    pieces[module].lerp_(piece, float(share))
 
     def _weights(self, layer: ModuleLayer, modules: list[int], update: Update) -> np.ndarray:
         """Compute what a_ik is proportional to, ``[m]``."""
@@ -90,6 +98,13 @@ class RunningMean:
         # A module of no importance to any of its holders still counts: their plain mean.
         importance = update.importance[layer.name][modules]
         return np.maximum(importance * examples, np.finfo(float).tiny)
+
+
+def _move_together(mean: Tensor, came: Tensor, modules: list[int], shares: np.ndarray) -> None:
+    """Move some modules' mean ``[N, ...]`` towards what came ``[m, ...]``, each by its share."""
+    index = torch.tensor(modules)
+    by = torch.tensor(shares, dtype=mean.dtype).view(-1, *[1] * (mean.ndim - 1))
+    mean.index_copy_(0, index, mean.index_select(0, index).lerp_(came, by))
 
 
 def merge(

@@ -18,6 +18,7 @@ LEAST_PEERS = 4
 FIRST = 16
 """Updates to know before any is merged; until then they wait, or for the round to end."""
 _IN_CACHE = 2**18  # values
+_SMALL = 2**15  # values for which calling PyTorch takes longer than computing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,32 +128,38 @@ def update_norm(
     scratch = {t.dtype: torch.empty(_IN_CACHE, dtype=t.dtype) for t in update.state.values()}
     squares, values = 0.0, 0
     for key, after in update.state.items():
-        layer = layer_of.get(key)
-        if layer is None:
-            squares += _squared_distance(state[key][None], after[None], scratch[after.dtype])
-        else:
+        if layer := layer_of.get(key):
             old, new = layer.packed(key, state[key]), layer.packed(key, after)
-            for position, module in enumerate(update.selection[layer.name]):
-                squares += _squared_distance(old[module], new[position], scratch[after.dtype])
+            held = list(update.selection[layer.name])
+        else:
+            old, new, held = state[key][None], after[None], [0]
+        squares += _squared_distance(old, new, held, scratch[after.dtype])
         values += after.numel()
     return float(np.sqrt(squares / values))
 
 
-def _squared_distance(old: Tensor, new: Tensor, scratch: Tensor) -> float:
-    """Sum the squares of the differences, in pieces that fit into `scratch`, and so a cache."""
+def _squared_distance(old: Tensor, new: Tensor, held: list[int], scratch: Tensor) -> float:
+    """Sum the squares of ``new[i] - old[held[i]]``, ``[m, ...]`` and ``[N, ...]``.
+
+    Differences are computed in pieces that fit into `scratch`, and so into a cache.
+    """
+    if new.numel() <= _SMALL:
+        change = old.index_select(0, torch.tensor(held)).sub_(new).view(-1)
+        return float(torch.dot(change, change))
     # In the order of memory, whatever that of the dimensions: it is many times faster.
-    order = sorted(range(new.ndim), key=new.stride, reverse=True)
-    old, new = old.permute(order), new.permute(order)
-    longest = max(range(new.ndim), key=lambda dim: new.shape[dim])
-    length = new.shape[longest]
-    together = max(1, len(scratch) * length // max(1, new.numel()))
+    order = sorted(range(1, new.ndim), key=new.stride, reverse=True)
+    before = old.permute(0, *order).unbind()
+    after = new.permute(0, *order).unbind()
+    longest = max(range(new.ndim - 1), key=lambda dim: after[0].shape[dim], default=0)
     total = 0.0
-    for start in range(0, length, together):
-        size = min(together, length - start)
-        after = new.narrow(longest, start, size)
-        if len(scratch) < after.numel():
-            scratch = scratch.new_empty(after.numel())
-        change = scratch[: after.numel()]
-        torch.sub(after, old.narrow(longest, start, size), out=change.view(after.shape))
-        total += float(torch.dot(change, change))
+    for module, whole in zip(held, after, strict=True):
+        together = max(1, len(scratch) * whole.shape[longest] // whole.numel())
+        pieces = torch.split(whole, together, longest)
+        starts = torch.split(before[module], together, longest)
+        for piece, start in zip(pieces, starts, strict=True):
+            if len(scratch) < piece.numel():
+                scratch = scratch.new_empty(piece.numel())
+            change = scratch[: piece.numel()]
+            torch.sub(piece, start, out=change.view(piece.shape))
+            total += float(torch.dot(change, change))
     return total

@@ -239,11 +239,13 @@ def complete(
         arrays,
         {
             MODULES_PART: {
-                key: (layer_of[key].narrowed_shape(key, shape, len(modules)), dtype)
-                for key, (shape, dtype) in parts[MODULES_PART].items()
+                key: form._replace(
+                    shape=layer_of[key].narrowed_shape(key, form.shape, len(modules))
+                )
+                for key, form in parts[MODULES_PART].items()
                 if (modules := sent[layer_of[key].name])
             },
-            **{part: form for part, form in parts.items() if part != MODULES_PART and sent[SHARED]},
+            **{part: own for part, own in parts.items() if part != MODULES_PART and sent[SHARED]},
         },
         dtype_from_config(config, DOWNLOAD),
     )
@@ -259,8 +261,8 @@ def complete(
             for module, expected in zip(held, _numbers(config, DIGESTS, layer.name), strict=True)
         ]
         for key in pieces[0]:
-            shape, dtype = parts[MODULES_PART][key]
-            whole = torch.empty(*shape, dtype=dtype)
+            form = parts[MODULES_PART][key]
+            whole = torch.empty(*form.shape, dtype=form.dtype)
             layer.packed(key, whole).copy_(torch.stack([piece[key] for piece in pieces]))
             result[MODULES_PART][key] = whole
         for module, piece in new.items():

@@ -54,6 +54,8 @@ from eclm_flower.federation.messages import (
 )
 from eclm_flower.federation.node_budget import node_budget
 from eclm_flower.federation.wire import (
+    COLUMNS,
+    LETTERS,
     MODULES_PART,
     SELECTOR_PART,
     SHARED_PART,
@@ -217,10 +219,12 @@ def _flat(sub_model: nn.Module, parts: str) -> dict[str, Array]:
             f"Expected the model that receive returned, with {len(parts)} tensors, got "
             f"{type(sub_model).__name__} with {len(keys)}."
         )
+    columns = [key for key, of in zip(keys, parts, strict=True) if of == COLUMNS]
     arrays: dict[str, Array] = {}
     for part in (SHARED_PART, MODULES_PART):
-        own = {key: state[key] for key, of in zip(keys, parts, strict=True) if of == part[0]}
-        arrays.update(flattened(part, own))
+        letters = LETTERS[part]
+        own = {key: state[key] for key, of in zip(keys, parts, strict=True) if of in letters}
+        arrays.update(flattened(part, own, columns=columns))
     return arrays
 
 

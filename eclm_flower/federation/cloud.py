@@ -26,6 +26,7 @@ from eclm_flower.federation.messages import (
     to_array,
 )
 from eclm_flower.federation.wire import (
+    LETTERS,
     MODULES_PART,
     SELECTOR_PART,
     SHARED_PART,
@@ -37,6 +38,7 @@ from eclm_flower.federation.wire import (
 from eclm_flower.modular.deltas import DeltaModules
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection, whole
+from eclm_flower.modular.split import columns_of, to_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ class CloudModel:
     arrays : ArrayRecord
         Body, selector and delta modules, as `ModularModel.state_dict` keys them.
     state : dict[str, Tensor]
-        The body, as views of `arrays`: not to be written to.
+        The body, as views of `arrays`: not to be written to. Tensors in `columns_of` are in memory
+        so, or their modules would be slow to read one by one.
     module_versions : dict[str, np.ndarray]
         Layer name -> int64 ``[N]``, the round that last changed each module; 0: none so far.
     shared_version : int
@@ -82,10 +85,11 @@ class CloudModel:
                 "initial_arrays=ArrayRecord(model.state_dict()); differing keys: "
                 f"{sorted(arrays.keys() ^ expected.keys())[:4]}."
             )
+        state = _opened(model.body.state_dict(), arrays, BODY)
         return cls(
             model=model,
             arrays=arrays,
-            state=_views(model, arrays),
+            state=_ordered(state, model),
             module_versions={
                 layer.name: np.full(layer.modules, version) for layer in model.layers.values()
             },
@@ -132,11 +136,18 @@ class CloudModel:
 
     @cached_property
     def _letters(self) -> str:
-        """Part of each tensor of the body that travels, by its first letter."""
-        shared = set(self._parts[SHARED_PART])
+        """How each tensor of the body travels, by a letter; see `PARTS`."""
+        shared, of_modules = LETTERS[SHARED_PART], LETTERS[MODULES_PART]
+        parts = set(self._parts[SHARED_PART])
         return "".join(
-            (SHARED_PART if key in shared else MODULES_PART)[0] for key in forms(self.state)
+            shared if key in parts else of_modules[key in self._columns]
+            for key in forms(self.state)
         )
+
+    @cached_property
+    def _columns(self) -> frozenset[str]:
+        """Keys of the tensors in columns."""
+        return columns_of(self.model.layers.values())
 
     @cached_property
     def digests(self) -> Digests:
@@ -186,7 +197,8 @@ class CloudModel:
             if (numbers := send[layer_of[key].name])
         }
         shared = self._shared_arrays if send[SHARED] else {}
-        return _record({**shared, **flattened(MODULES_PART, modules, self.sent_as)}), config
+        travels = flattened(MODULES_PART, modules, self.sent_as, columns=self._columns)
+        return _record({**shared, **travels}), config
 
     def after(
         self,
@@ -206,38 +218,59 @@ class CloudModel:
         deltas : dict[str, Tensor], optional
             State of the delta modules after the round, where it changed.
         """
-        layer_of = {key: layer for layer in self.model.layers.values() for key in layer.axes}
+        changed = self._changed(merged)
         versions = {name: numbers.copy() for name, numbers in self.module_versions.items()}
-        shared_version = self.shared_version
-        arrays = dict(self.arrays)
+        for layer, modules in changed.items():
+            if layer != SHARED:
+                versions[layer][modules] = server_round
+        arrays, state = dict(self.arrays), dict(self.state)
         for key, old in self.state.items():
             new = merged.pop(key)
-            if new is old:
-                continue
-            if layer := layer_of.get(key):
-                differs = layer.packed(key, old) != layer.packed(key, new)
-                versions[layer.name][differs.flatten(1).any(dim=1).numpy()] = server_round
-            elif not new.equal(old):
-                shared_version = server_round
-            arrays[f"{BODY}{key}"] = to_array(new)
+            if new is not old:
+                array = to_array(to_columns(new) if key in self._columns else new)
+                arrays[f"{BODY}{key}"] = array
+                state[key] = read_array(key, array, shape=old.shape, dtype=old.dtype)
+            del new
         for key, tensor in (deltas or {}).items():
             arrays[f"{DELTAS_STATE}{key}"] = to_array(tensor)
-        record = _record(arrays)
         return replace(
             self,
-            arrays=record,
-            state=_views(self.model, record),
+            arrays=_record(arrays),
+            state=state,
             module_versions=versions,
-            shared_version=shared_version,
+            shared_version=server_round if changed[SHARED] else self.shared_version,
         )
+
+    def _changed(self, merged: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Say which modules of each layer have other values now; `SHARED`: ``[0]`` or ``[]``."""
+        changed = {}
+        for layer in self.model.layers.values():
+            pairs = [
+                (layer.packed(key, self.state[key]), layer.packed(key, merged[key]))
+                for key in layer.axes
+                if merged[key] is not self.state[key]
+            ]
+            changed[layer.name] = [
+                module
+                for module in range(layer.modules)
+                if any(not old[module].equal(new[module]) for old, new in pairs)
+            ]
+        modular = {key for layer in self.model.layers.values() for key in layer.axes}
+        shared = self.state.keys() - modular
+        same = all(
+            merged[key] is self.state[key] or merged[key].equal(self.state[key]) for key in shared
+        )
+        return {**changed, SHARED: [] if same else [0]}
 
     def modules_changed_in(self, server_round: int) -> int:
         """Count the modules that were last changed in a round; 0: in none so far."""
         return sum(int((last == server_round).sum()) for last in self.module_versions.values())
 
 
-def _views(model: ModularModel, arrays: ArrayRecord) -> dict[str, Tensor]:
-    return _opened(model.body.state_dict(), arrays, BODY)
+def _ordered(state: Mapping[str, Tensor], model: ModularModel) -> dict[str, Tensor]:
+    """Put the tensors of modules that lie along a later axis in columns."""
+    columns = columns_of(model.layers.values())
+    return {key: to_columns(tensor) if key in columns else tensor for key, tensor in state.items()}
 
 
 def _opened(like: Mapping[str, Tensor], arrays: ArrayRecord, prefix: str) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def read_array(key: str, array: Array, *, shape: Sequence[int], dtype: torch.dty
     Returns
     -------
     Tensor
-        A view of the array's bytes: not to be written to.
+        A view of the array's bytes, in their order of memory: not to be written to.
 
     Raises
     ------
@@ -74,5 +74,5 @@ def read_array(key: str, array: Array, *, shape: Sequence[int], dtype: torch.dty
     ordered = values.reshape(tuple(shape), order="F" if fortran else "C")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensor = torch.from_numpy(np.ascontiguousarray(ordered).reshape(tuple(shape)))
+        tensor = torch.from_numpy(ordered)
     return tensor.view(dtype) if stored != dtype else tensor

@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from eclm_flower.errors import RequestError
 from eclm_flower.federation.cache import ModuleCache, module_piece
 from eclm_flower.federation.messages import SHARED
-from eclm_flower.federation.wire import MODULES_PART, SHARED_PART, flattened, forms, unflattened
+from eclm_flower.federation.wire import (
+    MODULES_PART,
+    SHARED_PART,
+    by_part,
+    flattened,
+    forms,
+    unflattened,
+)
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, columns_of
 
 _RECEIVED = "_eclm_received"
 
@@ -96,9 +103,10 @@ class Received:
             self.feedback.add_to(change, self)
         arrays: dict[str, Array] = {}
         for part, own in change.items():
-            arrays.update(flattened(part, own, self.dtype))
+            arrays.update(flattened(part, own, self.dtype, columns=columns_of(self.layers)))
         if self.feedback is not None:
-            expected = {part: forms(own) for part, own in change.items()}
+            tensors = {key: tensor for own in change.values() for key, tensor in own.items()}
+            expected = by_part(forms(tensors), self.layers)
             arrived = unflattened(arrays, expected, self.dtype)
             lost = {
                 part: {key: tensor - arrived[part][key] for key, tensor in own.items()}

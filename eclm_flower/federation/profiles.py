@@ -30,6 +30,8 @@ class Profiles:
     ----------
     importance_every : int, optional
         Ask for importance again after this many rounds; None: once.
+    budget_every : int (default: 1)
+        Ask for the budget again after this many rounds.
     tells : {"importance", "modules", "budget"}
         What a device tells: budget and importance; the modules that it chose itself with the
         selector; or its budget alone, and then it is never sent the selector.
@@ -46,9 +48,11 @@ class Profiles:
         self,
         *,
         importance_every: int | None,
+        budget_every: int = 1,
         tells: Literal["importance", "modules", "budget"] = "importance",
     ) -> None:
         self.importance_every = importance_every
+        self.budget_every = budget_every
         self.tells = tells
         self.latest: dict[int, DeviceProfile] = {}
         self.budget_rounds: dict[int, int] = {}
@@ -85,7 +89,7 @@ class Profiles:
         nodes : dict[int, int]
             Device number -> node id of those to ask.
         server_round : int
-            The round. Who told its budget in it already is not asked again.
+            The round. Whose budget is fresh is not asked again.
         question : callable
             Selector arrays, or None where no importance is wanted -> what the query carries.
         selector : ArrayRecord
@@ -102,8 +106,10 @@ class Profiles:
         to_ask = {
             node: device
             for device, node in nodes.items()
-            if self.budget_rounds.get(device) != server_round or device in outdated
+            if self.of_round(device, server_round) is None or device in outdated
         }
+        for device in to_ask.values():  # what was fresh until now counts only if it is told again
+            self.budget_rounds.pop(device, None)
         answers, losses = ask(
             grid,
             list(to_ask),
@@ -143,8 +149,10 @@ class Profiles:
         return losses
 
     def of_round(self, device: int, server_round: int) -> DeviceProfile | None:
-        """Return a device's profile if it told its budget in this round."""
-        return self.latest[device] if self.budget_rounds.get(device) == server_round else None
+        """Return a device's profile if its budget is fresh: told in this round, or not long ago."""
+        told = self.budget_rounds.get(device)
+        fresh = told is not None and server_round - told < self.budget_every
+        return self.latest[device] if fresh else None
 
 
 def ask(

@@ -25,7 +25,7 @@ from eclm_flower.adaptation.update import (
 )
 from eclm_flower.errors import ReplyError
 from eclm_flower.federation.exchange import failure, last_line
-from eclm_flower.federation.wire import MODULES_PART, SHARED_PART, by_part, unflattened
+from eclm_flower.federation.wire import MODULES_PART, SHARED_PART, Form, by_part, unflattened
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.split import ModuleLayer
 
@@ -182,7 +182,7 @@ class Training:
         _check_records(content, self._arrays)
         _check_metrics(content, self._weight)
         body = {
-            key: (shape, self._state[key].dtype)
+            key: Form(shape, self._state[key].dtype)
             for key, shape in expected_shapes(request.selection, self._state, self._layers).items()
         }
         parts = unflattened(

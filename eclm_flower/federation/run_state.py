@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord
+import torch
+from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
 from eclm_flower.adaptation.profile import Budget, DeviceProfile
 from eclm_flower.errors import CheckpointError
 from eclm_flower.federation.checkpoint import Checkpoint
 from eclm_flower.federation.cloud import CloudModel
+from eclm_flower.federation.messages import BODY, to_array
 from eclm_flower.federation.profiles import Profiles
 from eclm_flower.modular.costs import RESOURCES
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
+from eclm_flower.modular.split import columns_of, to_columns
 
 _HISTORIES = (
     "train_metrics_clientapp",
@@ -31,6 +34,7 @@ _HISTORIES = (
     "evaluate_metrics_serverapp",
 )
 # How the tensors of a checkpoint are named; a layer's name follows.
+_NEVER = -1  # stands for the round in which a device told nothing yet
 _ARRAYS, _VERSIONS = "arrays.", "versions."
 _BUDGETS, _BUDGET_ROUNDS = "profiles.budgets", "profiles.budget-rounds"
 _IMPORTANCE, _IMPORTANCE_ROUNDS = "profiles.importance.", "profiles.importance-rounds"
@@ -95,14 +99,19 @@ def to_checkpoint(state: RunState, settings: Mapping[str, str]) -> Checkpoint:
     cloud, told = state.cloud, state.told
     known, chosen = list(told.latest), list(state.selections)
     tensors: dict[str, np.ndarray] = {
-        **{f"{_ARRAYS}{key}": array.numpy() for key, array in cloud.arrays.items()},
+        **{
+            f"{_ARRAYS}{key}": np.ascontiguousarray(array.numpy())
+            for key, array in cloud.arrays.items()
+        },
         **{f"{_VERSIONS}{layer}": last for layer, last in cloud.module_versions.items()},
         _BUDGETS: np.array(
             [[getattr(told.latest[d].budget, name) for name in RESOURCES] for d in known]
         ).reshape(-1, len(RESOURCES)),
-        _BUDGET_ROUNDS: np.array([told.budget_rounds.get(d, 0) for d in known], dtype=np.int64),
+        _BUDGET_ROUNDS: np.array(
+            [told.budget_rounds.get(d, _NEVER) for d in known], dtype=np.int64
+        ),
         _IMPORTANCE_ROUNDS: np.array(
-            [told.importance_rounds.get(d, -1) for d in known], dtype=np.int64
+            [told.importance_rounds.get(d, _NEVER) for d in known], dtype=np.int64
         ),
     }
     if told.tells == "importance":
@@ -160,8 +169,14 @@ def check_same_run(
 def from_checkpoint(checkpoint: Checkpoint, model: ModularModel, told: Profiles) -> RunState:
     """Read a run's state back; of `told` only the settings are used."""
     facts, tensors = checkpoint.facts, checkpoint.tensors
-    told = Profiles(importance_every=told.importance_every, tells=told.tells)
-    arrays = ArrayRecord({key: Array(tensors[f"{_ARRAYS}{key}"]) for key in facts["arrays"]})
+    told = Profiles(
+        importance_every=told.importance_every, budget_every=told.budget_every, tells=told.tells
+    )
+    columns = {f"{BODY}{key}" for key in columns_of(model.layers.values())}
+    arrays = ArrayRecord()
+    for key in facts["arrays"]:
+        tensor = torch.from_numpy(tensors[f"{_ARRAYS}{key}"])
+        arrays[key] = to_array(to_columns(tensor) if key in columns else tensor)
     cloud = replace(
         CloudModel.opened(model, arrays, version=0),
         module_versions={name: tensors[f"{_VERSIONS}{name}"] for name in model.layers},
@@ -175,7 +190,9 @@ def from_checkpoint(checkpoint: Checkpoint, model: ModularModel, told: Profiles)
         }
         budget = Budget(**dict(zip(RESOURCES, map(float, tensors[_BUDGETS][row]), strict=True)))
         told.latest[device] = DeviceProfile(device=device, budget=budget, importance=importance)
-        told.budget_rounds[device] = int(tensors[_BUDGET_ROUNDS][row])
+        asked = int(tensors[_BUDGET_ROUNDS][row])
+        if asked >= 0 and told.tells != "modules":
+            told.budget_rounds[device] = asked
         # What devices remember themselves belongs to a Flower run, and this is a new one: they are
         # sent the selector again.
         asked = int(tensors[_IMPORTANCE_ROUNDS][row])

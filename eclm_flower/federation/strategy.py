@@ -51,6 +51,7 @@ _SETTINGS = (
     "weighting",
     "batch_norm",
     "importance_every",
+    "budget_every",
     "derive_on",
     "robust",
     "limits",
@@ -87,7 +88,10 @@ class ECLM(FedAvg):
         See `eclm_flower.modular.batch_norm`.
     importance_every : int, optional
         Ask a device for its importance again after this many rounds, at the price of the
-        selector's bytes; None (default) asks once. The budget is asked in every round.
+        selector's bytes; None (default) asks once.
+    budget_every : int (default: 1)
+        Ask a device for its budget again after this many rounds. 1 asks in every round, an exchange
+        before the training; with more, a round whose devices all told theirs lately has none.
     derive_on : {"cloud", "device"}
         Who derives a device's sub-model. ``"device"``: it gets selector and costs and tells the
         modules it chose; its importance and budget never leave it, so modules are merged by number
@@ -153,6 +157,7 @@ class ECLM(FedAvg):
         weighting: Weighting = "importance-examples",
         batch_norm: BatchNormPolicy = "frozen",
         importance_every: int | None = None,
+        budget_every: int = 1,
         derive_on: Literal["cloud", "device"] = "cloud",
         robust: Robust | None = None,
         limits: Limits | None = None,
@@ -172,6 +177,8 @@ class ECLM(FedAvg):
             raise ValueError(f"Expected derive_on 'cloud' or 'device', got {derive_on!r}.")
         if importance_every is not None and importance_every < 1:
             raise ValueError(f"Expected importance_every >= 1 or None, got {importance_every}.")
+        if budget_every < 1:
+            raise ValueError(f"Expected budget_every >= 1, got {budget_every}.")
         if round_timeout is not None and not round_timeout > 0:
             raise ValueError(f"Expected round_timeout > 0 seconds or None, got {round_timeout}.")
         if min_replies < 1:
@@ -192,6 +199,7 @@ class ECLM(FedAvg):
         self.weighting = weighting
         self.batch_norm = batch_norm
         self.importance_every = importance_every
+        self.budget_every = budget_every
         self.derive_on = derive_on
         self.robust = robust
         self.limits = limits or Limits()
@@ -211,6 +219,7 @@ class ECLM(FedAvg):
             self.roster.greeting[DERIVES] = True
         self.told = Profiles(
             importance_every=importance_every,
+            budget_every=budget_every,
             tells="modules"
             if derive_on == "device"
             else "importance"

@@ -4,6 +4,8 @@ Flower describes, hashes and stores every array apart, about 450 bytes each; a s
 of small ones. Both sides know the tensors and their order, so they travel as one array for the
 shared part, the same for every device, and one for the modules chosen (and one for the selector,
 where that is sent). An array is named ``<part>.<dtype>``; tensors of different dtypes travel apart.
+Tensors whose modules lie along a later axis than the first travel in columns (`columns_of`), so
+that the values of a module are together when the cloud merges them.
 
 A part can also be sent at a lower precision than its tensors have: in half precision, or as 8-bit
 integers with a scale for every `BLOCK` values (those of one block share an order of magnitude).
@@ -12,7 +14,8 @@ integers with a scale for every `BLOCK` values (those of one block share an orde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +24,54 @@ from torch import Tensor
 
 from eclm_flower.errors import ReplyError
 from eclm_flower.federation.decoding import read_array
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.federation.messages import to_array
+from eclm_flower.modular.split import ModuleLayer, columns_of, turned
 
 SHARED_PART, MODULES_PART, SELECTOR_PART = "shared", "modules", "selector"
 
 BLOCK = 1024
 """Values that share a scale when they travel as 8-bit integers."""
 
-Form = tuple[Sequence[int], torch.dtype]
-"""Shape and dtype of a tensor."""
+
+COLUMNS = "c"
+LETTERS = {SHARED_PART: "s", MODULES_PART: f"m{COLUMNS}"}
+"""Part -> letters of its tensors, where each is told by one; the last: it travels in columns."""
+
+
+class Form(NamedTuple):
+    """Shape and dtype of a tensor, and whether it travels in columns."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    columns: bool = False
 
 
 def forms(state: Mapping[str, Tensor]) -> dict[str, Form]:
     """Say what travels of a state: floating-point tensors, never counters."""
-    return {key: (t.shape, t.dtype) for key, t in state.items() if t.is_floating_point()}
+    return {key: Form(t.shape, t.dtype) for key, t in state.items() if t.is_floating_point()}
 
 
 def by_part(body: Mapping[str, Form], layers: Iterable[ModuleLayer]) -> dict[str, dict[str, Form]]:
     """Divide a body's tensors into shared part and modules, in their order."""
+    layers = list(layers)
     modular = {key for layer in layers for key in layer.axes}
+    columns = columns_of(layers)
     return {
         SHARED_PART: {key: form for key, form in body.items() if key not in modular},
-        MODULES_PART: {key: form for key, form in body.items() if key in modular},
+        MODULES_PART: {
+            key: form._replace(columns=key in columns)
+            for key, form in body.items()
+            if key in modular
+        },
     }
 
 
 def flattened(
-    part: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    part: str,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    columns: Collection[str] = (),
 ) -> dict[str, Array]:
     """Lay a part's tensors end to end: name -> array, one for each dtype.
 
@@ -59,13 +83,16 @@ def flattened(
         Its tensors.
     dtype : torch.dtype, optional
         float16, bfloat16 or int8: send all of them so. None: as they are.
+    columns : collection of str
+        Keys of those that travel in columns.
     """
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors.values():
-        flat = tensor.detach().cpu().reshape(-1)
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu()
+        flat = (turned(tensor) if key in columns else tensor).reshape(-1)
         by_dtype.setdefault(dtype or tensor.dtype, []).append(flat.float() if dtype else flat)
     return {
-        _name(part, sent): Array(_stored(torch.cat(flat), sent).numpy())
+        _name(part, sent): to_array(_stored(torch.cat(flat), sent))
         for sent, flat in by_dtype.items()
     }
 
@@ -99,7 +126,7 @@ def unflattened(
     """
     sizes: dict[tuple[str, torch.dtype], int] = {}
     for part, expected in parts.items():
-        for shape, own in expected.values():
+        for shape, own, _ in expected.values():
             sent = _sent_as(part, own, dtype)
             sizes[part, sent] = sizes.get((part, sent), 0) + math.prod(shape)
     names = {_name(part, sent) for part, sent in sizes}
@@ -117,10 +144,13 @@ def unflattened(
     tensors: dict[str, dict[str, Tensor]] = {}
     for part, expected in parts.items():
         tensors[part] = {}
-        for key, (shape, own) in expected.items():
+        for key, (shape, own, columns) in expected.items():
             source, size = (part, _sent_as(part, own, dtype)), math.prod(shape)
             start = position[source]
-            tensors[part][key] = flat[source][start : start + size].view(tuple(shape)).to(own)
+            values = flat[source][start : start + size].to(own)
+            tensors[part][key] = (
+                turned(values.view(tuple(shape)[::-1])) if columns else values.view(tuple(shape))
+            )
             position[source] = start + size
     return tensors
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -209,11 +210,15 @@ class ModularModel(nn.Module):
         with torch.no_grad():
             narrowed = self.narrowed_state(selection)
         own = [key for layer in self.layers.values() for key in layer.axes]
-        memo = {}  # tensors that will be replaced are not copied first
+        memo: dict[int, Any] = {}  # tensors that will be replaced are not copied first
         for key in own:
             owner, _, name = key.rpartition(".")
             tensor = getattr(self.body.get_submodule(owner), name)
             memo[id(tensor)] = tensor
+        for part in self.body.modules():  # a module has a dozen dicts of hooks: most of the time
+            for value in vars(part).values():
+                if type(value) is OrderedDict and not value:
+                    memo[id(value)] = OrderedDict()
         body = copy.deepcopy(self.body, memo)
         for key in own:
             owner, _, name = key.rpartition(".")

@@ -11,7 +11,7 @@ Its "residual" module (bypass) is the skip of a residual block: always there, it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,7 @@ class ModuleLayer:
         -------
         Tensor
             ``[..., parts * m * h * width, ...]``; a copy, through which gradients flow back to
-            `tensor`.
+            `tensor`, in the same order of memory.
         """
         chosen = torch.tensor(list(modules), device=tensor.device)
         return self._indexed(key, tensor, chosen, self.units_per_module)
@@ -159,5 +159,33 @@ class ModuleLayer:
     def _indexed(self, key: str, tensor: Tensor, index: Tensor, units: int) -> Tensor:
         """Pick pieces of so many `units` each, by number, in every part."""
         axis = self.axes[key]
-        pieces = torch.unflatten(tensor, axis.dim, (axis.parts, -1, units * axis.width))
-        return pieces.index_select(axis.dim + 1, index).flatten(axis.dim, axis.dim + 2)
+        columns = in_columns(tensor)
+        dim = tensor.ndim - 1 - axis.dim if columns else axis.dim
+        rows = turned(tensor) if columns else tensor
+        pieces = torch.unflatten(rows, dim, (axis.parts, -1, units * axis.width))
+        picked = pieces.index_select(dim + 1, index).flatten(dim, dim + 2)
+        return turned(picked) if columns else picked
+
+
+def columns_of(layers: Iterable[ModuleLayer]) -> frozenset[str]:
+    """State keys whose modules lie along a later axis than the first.
+
+    A module's values are scattered in such a tensor; with the axes in memory from the last to the
+    first (*in columns*, numpy's Fortran order) they lie together, as they do in all others.
+    """
+    return frozenset(key for layer in layers for key, axis in layer.axes.items() if axis.dim > 0)
+
+
+def in_columns(tensor: Tensor) -> bool:
+    """Whether a tensor's axes are in memory from the last to the first, and not as usual."""
+    return not tensor.is_contiguous() and turned(tensor).is_contiguous()
+
+
+def to_columns(tensor: Tensor) -> Tensor:
+    """Return an equal tensor whose axes are in memory from the last to the first."""
+    return turned(turned(tensor).contiguous())
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """View a tensor with its axes in reverse order."""
+    return tensor.permute(*range(tensor.ndim - 1, -1, -1))

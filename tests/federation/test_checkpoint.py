@@ -66,13 +66,19 @@ def flower_log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_run_that_goes_on_equals_one_that_was_not_stopped(tmp_path, stop):
+@pytest.mark.parametrize(("stop", "budget_every"), [(1, 1), (2, 3), (3, 1)])
+def test_a_run_that_goes_on_equals_one_that_was_not_stopped(tmp_path, stop, budget_every):
     def evaluate(server_round, arrays):
         return MetricRecord({"sum": float(arrays["body.0.weight"].numpy().sum())})
 
     app = eclm_app(budget=smallest)  # so that modules differ in when they were last changed
-    options = {"fraction_train": 0.5, "importance_every": 2, "evaluate": evaluate, "app": app}
+    options = {
+        "fraction_train": 0.5,
+        "importance_every": 2,
+        "budget_every": budget_every,
+        "evaluate": evaluate,
+        "app": app,
+    }
     straight, expected = run(tmp_path / "straight", 4, **options)
     run(tmp_path / "stopped", stop, **options)
     resumed, result = run(tmp_path / "stopped", 4, **options)

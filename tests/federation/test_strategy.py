@@ -162,6 +162,26 @@ def test_importance_is_asked_again_when_it_gets_old():
     assert sum(asked) == 4 * 2
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_budget_that_is_fresh_is_not_asked_again(fails):
+    asked = []
+    app = eclm_app()
+    query = app._registered_funcs["query.default"]
+
+    def spy(message, context):
+        asked.append(context.node_id)
+        if fails and asked.count(context.node_id) == 3 and context.node_id == min(asked):
+            raise RuntimeError("busy")
+        return query(message, context)
+
+    app._registered_funcs["query.default"] = spy
+    _, result = run(build_model(), app, rounds=4, budget_every=2)
+    # Who are you, then the budget in rounds 1 and 3; who failed in 3 is left out, and asked in 4.
+    assert len(asked) == 4 * (1 + 2) + fails
+    merged = [metrics["eclm-merged"] for metrics in result.train_metrics_clientapp.values()]
+    assert merged == [4, 4, 4 - fails, 4]
+
+
 def test_a_budget_that_fits_nothing_leaves_the_device_out(caplog):
     def budget(model, device):
         return Budget(memory_bytes=10) if device == 2 else Budget()
@@ -339,6 +359,8 @@ def test_buffers_that_are_not_floating_point_stay_where_they_are():
 def test_a_bad_interval_is_refused():
     with pytest.raises(ValueError, match="importance_every >= 1"):
         ECLM(build_model(), importance_every=0)
+    with pytest.raises(ValueError, match="budget_every >= 1"):
+        ECLM(build_model(), budget_every=0)
 
 
 def test_derive_can_be_overridden_and_knows_the_round():

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eclm_flower.errors import ReplyError
-from eclm_flower.federation.wire import BLOCK, flattened, forms, rounded, unflattened
+from eclm_flower.federation.wire import (
+    BLOCK,
+    MODULES_PART,
+    Form,
+    by_part,
+    flattened,
+    forms,
+    rounded,
+    unflattened,
+)
+from eclm_flower.modular.split import Axis, ModuleLayer, in_columns
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 shapes = st.lists(st.integers(0, 4), max_size=3)
@@ -57,7 +67,7 @@ def test_bytes_are_those_of_the_values_and_a_header(of):
 
 def test_counters_and_masks_do_not_travel():
     state = {"w": torch.ones(2), "n": torch.tensor(3), "mask": torch.ones(2, dtype=torch.bool)}
-    assert forms(state) == {"w": ((2,), torch.float32)}
+    assert forms(state) == {"w": Form((2,), torch.float32)}
 
 
 def test_what_comes_out_is_a_view_of_what_came():
@@ -67,6 +77,36 @@ def test_what_comes_out_is_a_view_of_what_came():
     memory = np.frombuffer(arrays["shared.float32"].data, dtype=np.uint8)
     start = memory.__array_interface__["data"][0]
     assert all(start <= t.data_ptr() < start + memory.nbytes for t in tensors.values())
+
+
+LAYER = ModuleLayer(
+    name="layer",
+    modules=4,
+    units=8,
+    axes={"rows": Axis(0), "columns": Axis(1), "matrix": Axis(1)},
+    mixer="columns",
+    channel_axis=1,
+)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
+def test_a_module_that_lies_along_a_later_axis_travels_in_one_piece(dtype):
+    shapes = [[8, 3, 2], [5, 8, 3, 3], [5, 8]]
+    state = {
+        key: torch.arange(math.prod(shape), dtype=torch.float32).view(shape) % 100
+        for key, shape in zip(LAYER.axes, shapes, strict=True)
+    }
+    parts = by_part(forms(state), [LAYER])
+    assert [form.columns for form in parts[MODULES_PART].values()] == [False, True, True]
+    arrays = flattened(MODULES_PART, state, dtype, columns={"columns", "matrix"})
+    got = unflattened(arrays, {MODULES_PART: parts[MODULES_PART]}, dtype)[MODULES_PART]
+    tolerance = {"atol": 0.5, "rtol": 0} if dtype == torch.int8 else {"atol": 0, "rtol": 0}
+    for key, tensor in state.items():
+        torch.testing.assert_close(got[key], tensor, **tolerance)
+    assert in_columns(got["matrix"])
+    assert not in_columns(got["rows"])
+    for module in LAYER.packed("matrix", got["matrix"]):
+        assert module[0].stride() == (5, 1)  # [h, out], end to end
 
 
 @given(states, st.sampled_from([torch.float16, torch.bfloat16]))

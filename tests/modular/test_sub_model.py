@@ -250,3 +250,21 @@ def test_a_selection_is_put_in_order_and_counted(models):
     selection = checked({"1": (3, 0), "0": [2]}, {"0": 4, "1": 4})
     assert selection == {"0": (2,), "1": (0, 3)}
     assert count(selection) == 3
+
+
+def test_hooks_of_one_model_are_not_those_of_another(small_mlp):
+    example = torch.zeros(1, 6)
+    model = modularize(small_mlp(), modules_per_layer=4, example_input=example).eval()
+    chosen = dict.fromkeys(model.layers, (0,))
+    one, other = model.sub_model(chosen), model.sub_model(chosen)
+    called = []
+    for part in one.modules():
+        part.register_forward_hook(lambda *_: called.append("one"))
+        part.register_full_backward_hook(lambda *_: called.append("one"))
+    x = torch.randn(2, 6)
+    other(x).sum().backward()
+    model(x).sum().backward()
+    model.sub_model(chosen)(x)
+    assert not called
+    one(x)
+    assert called
