@@ -48,7 +48,7 @@ class OfflineStage:
 
     def model(self, kind: Offline) -> ModularModel:
         """Return the model of a kind, a new copy with every call."""
-        model = self._world.build_model()
+        model = self._world.build_model().to(self._world.settings.compute)
         if not self._load(model, kind):
             if not self._load(model, DENSE):
                 self._train(model)
@@ -57,7 +57,7 @@ class OfflineStage:
             self._prepare(model, kind)
             self._keep(model, kind)
         self._measure(model, kind)
-        return model.eval()
+        return model.eval().cpu()
 
     def _train(self, model: ModularModel) -> None:
         self._say("training the whole model")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 from simulations.fleet import uniform_share
 
 Engine = Literal["ray", "in-process"]
+Compute = Literal["cpu", "cuda"]
 Variant = Literal["full", "no-cloud", "no-local-training"]
 FeatureShiftKind = Literal["none", "known", "new"]
 DATASETS = ("digits", "hapt", "cifar10", "cifar100", "mnist", "speech")
@@ -28,8 +29,14 @@ _SUITED: dict[str, dict[str, Any]] = {
     "speech": _SMALL,
     ".npz": {"epochs": 30, "enhancing_epochs": 30, "classes_per_device": 0},
 }
-_LEAST = {"classes_per_device": 0, "rounds": 0, "epochs": 0, "enhancing_epochs": 0}
-_CLOUD_ONLY = ("strategies", "seeds", "out", "resume", "availability", "dropout")
+_LEAST = {
+    "classes_per_device": 0,
+    "rounds": 0,
+    "epochs": 0,
+    "enhancing_epochs": 0,
+    "evaluated": 0,
+}
+_CLOUD_ONLY = ("strategies", "seeds", "out", "resume", "availability", "dropout", "evaluated")
 
 
 class SettingsError(ValueError):
@@ -94,6 +101,10 @@ class Settings:
     evaluate_every : int (default: 1)
         Rounds between evaluations of all devices; the beginning and the end of a step are always
         evaluated.
+    evaluated : int (default: 0)
+        Devices that are evaluated, the same ones at every evaluation and for every method; 0: all.
+    compute : {"cpu", "cuda"}
+        Where models compute; see `simulations.compute`.
     seeds : tuple[int, ...] (default: (0,))
     out : str (default: "runs/latest")
         Folder for the results.
@@ -128,6 +139,8 @@ class Settings:
     enhancing_epochs: int = 9
     module_cache: bool = False
     evaluate_every: int = 1
+    evaluated: int = 0
+    compute: Compute = "cpu"
     seeds: tuple[int, ...] = (0,)
     out: str = "runs/latest"
     resume: bool = False
@@ -148,6 +161,11 @@ class Settings:
             f"--per-round of at most the {self.devices} devices",
             self.per_round,
         )
+        _expect(
+            self.evaluated <= self.devices,
+            f"--evaluated of at most the {self.devices} devices",
+            self.evaluated,
+        )
         _expect(0 < self.learning_rate < 10, "--learning-rate > 0", self.learning_rate)
         for name in ("strategies", "seeds"):
             values = getattr(self, name)
@@ -161,7 +179,11 @@ class Settings:
         self._check_environment()
 
     def _check_environment(self) -> None:
-        for name, known in (("variant", Variant), ("feature_shift", FeatureShiftKind)):
+        for name, known in (
+            ("variant", Variant),
+            ("feature_shift", FeatureShiftKind),
+            ("compute", Compute),
+        ):
             value = getattr(self, name)
             _expect(
                 value in get_args(known),
