@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,13 +136,17 @@ def _task(msg: Message, context: Context) -> _Task:
 def query(msg: Message, context: Context) -> Message:
     """Tell the cloud this device's budget and, if asked, what matters to its data."""
     task = _task(msg, context)
-    data = task.world.data(task.device, task.step)
+
+    def batches() -> DataLoader[Any]:
+        train = task.world.data(task.device, task.step).train
+        return DataLoader(train, batch_size=256)
+
     with one_thread():
         return profile(
             msg,
             context,
             task.world.model,
-            lambda: DataLoader(data.train, batch_size=256),
+            batches,
             budget=task.world.budget(task.device, task.moment),
             cache=task.cache(),
         )

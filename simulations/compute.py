@@ -1,8 +1,8 @@
 """Where models compute: on the CPU, or on a GPU that all simulated devices share.
 
-Data, random numbers and all that travels stay on the CPU; a device's model and samples move when the
-model is opened, and it comes back before it is returned. So both ways draw the same batches and send
-the same bytes; what a GPU computes differs by rounding.
+Data, random numbers and all that travels stay on the CPU. A device's model and samples move when
+the model is opened, and the model comes back before it is returned: both ways draw the same batches
+and send the same bytes, and what a GPU computes differs by rounding.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from eclm_flower import Budget, modularize
 from eclm_flower.modular import ModularModel
 from simulations.conditions import Conditions, conditions_of, shares_of
-from simulations.datasets import load_data
+from simulations.datasets import LabelledData, load_data
 from simulations.environment import DeviceData, Environment, FeatureShift
 from simulations.fleet import Device, draw_fleet
 from simulations.models import build_model
@@ -43,7 +43,8 @@ class World:
                 strength=settings.strength,
             )
         return Environment(
-            _data(settings.dataset, data_dir),
+            # On a GPU, decoding at each visit would take longer than training.
+            (_data if settings.compute == "cpu" else _decoded)(settings.dataset, data_dir),
             devices=settings.devices,
             classes_per_device=settings.classes_per_device or None,
             alpha=settings.alpha or None,
@@ -127,3 +128,8 @@ def world_of(settings: Settings, seed: int) -> World:
 
 
 _data = lru_cache(maxsize=2)(load_data)
+
+
+@lru_cache(maxsize=2)
+def _decoded(name: str, data_dir: Path | None) -> LabelledData:
+    return load_data(name, data_dir).decoded()
