@@ -17,6 +17,7 @@ static model.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shutil
 import sys
@@ -69,14 +70,15 @@ PROCESSES = (
     ("adaptivenet",),
 )
 SMOKE = {
-    "devices": 20,
-    "per_round": 2,
-    "rounds": 1,
-    "evaluate_every": 1,
-    "evaluated": 2,
+    "devices": 40,
+    "per_round": 5,
+    "rounds": 2,
+    "evaluate_every": 2,
+    "evaluated": 5,
     "epochs": 1,
     "enhancing_epochs": 1,
 }
+LOGS = "logs"
 _POLL = 0.5  # seconds
 
 
@@ -90,16 +92,28 @@ class Work:
         The preset.
     settings : Settings
         Of these strategies; `settings.out_dir` is theirs alone.
+    log : path
+        What it prints.
     dense : path, optional
         Where the whole model of the case is found once it is trained; None: this work trains it.
     process : Process, optional
         What does it; None: not yet.
+    began, ended : float
+        Seconds since all began; nan: not yet.
     """
 
     case: str
     settings: Settings
+    log: Path
     dense: Path | None = None
     process: BaseProcess | None = field(default=None, repr=False)
+    began: float = math.nan
+    ended: float = math.nan
+
+    @property
+    def label(self) -> str:
+        """Say which it is."""
+        return f"{self.case}, {', '.join(self.settings.strategies)}"
 
     @property
     def ready(self) -> bool:
@@ -114,7 +128,10 @@ class Work:
 
 def main(
     data_dir: Annotated[Path, typer.Option(help="Folder with cifar10/ and cifar100/.")],
-    out: Annotated[Path, typer.Option(help="Folder for rows, table and logs.")],
+    out: Annotated[Path, typer.Option(help="Folder for rows and table.")],
+    work: Annotated[Path, typer.Option(help="Folder for runs and logs.")] = Path(
+        "runs/paper-scale"
+    ),
     seconds: Annotated[float, typer.Option(help="Wall time after which all ends.")] = 540,
     compute: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     cases: Annotated[str, typer.Option(help="Presets, comma separated.")] = ",".join(PAPER),
@@ -127,23 +144,27 @@ def main(
     options = {"data_dir": str(data_dir), "compute": compute, **(SMOKE if smoke else sizes)}
     works = []
     for case in cases.split(","):
-        works += works_of(case, read_preset(case), options, out)
+        works += works_of(case, read_preset(case), options, work)
+    shutil.rmtree(work, ignore_errors=True)
     finished = run_all(works, out, seconds=seconds)
+    for each in works:
+        print(f"{each.label}: from second {each.began:.0f} to {each.ended:.0f}")
     Console(width=None if sys.stdout.isatty() else 110).print(table_of(finished))
     if len(finished) < sum(len(work.settings.strategies) for work in works):
-        print("Not all was done: see the logs.")
+        print(f"Not all was done: see {work / LOGS}.")
 
 
 def works_of(
-    case: str, preset: Mapping[str, Any], options: Mapping[str, Any], out: Path
+    case: str, preset: Mapping[str, Any], options: Mapping[str, Any], folder: Path
 ) -> list[Work]:
     """Divide a case into works, one a process; the first trains the whole model of all."""
     works = []
     dense = None
     for strategies in PROCESSES:
-        own = {"strategies": strategies, "out": str(out / "runs" / case / strategies[0])}
+        own = {"strategies": strategies, "out": str(folder / case / strategies[0])}
         settings = Settings.suited(**{**preset, **options, **own})
-        works.append(Work(case=case, settings=settings, dense=dense))
+        log = folder / LOGS / f"{case}-{strategies[0]}.log"
+        works.append(Work(case=case, settings=settings, log=log, dense=dense))
         if dense is None:
             dense = settings.out_dir / "offline" / f"{DENSE}-{settings.seeds[0]}.safetensors"
     return works
@@ -158,7 +179,6 @@ def run_all(works: Sequence[Work], out: Path, *, seconds: float) -> pd.DataFrame
         What `collected` writes.
     """
     start = time.monotonic()
-    shutil.rmtree(out / "runs", ignore_errors=True)
     spawn = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
     done: list[float] = []
     try:
@@ -168,9 +188,12 @@ def run_all(works: Sequence[Work], out: Path, *, seconds: float) -> pd.DataFrame
                 break
             for work in works:
                 if work.ready:
-                    options = (work.settings, work.dense, out / "logs" / log_name(work))
-                    work.process = spawn.Process(target=do, args=options)
+                    options = (work.settings, work.dense, work.log)
+                    work.process = spawn.Process(target=do, args=options, daemon=True)
                     work.process.start()
+                    work.began = time.monotonic() - start
+                if work.process and not work.running and math.isnan(work.ended):
+                    work.ended = time.monotonic() - start
             rows = [work.settings.out_dir / ROWS for work in works]
             before, done = done, [file.stat().st_mtime for file in rows if file.exists()]
             if done != before:
@@ -184,16 +207,11 @@ def run_all(works: Sequence[Work], out: Path, *, seconds: float) -> pd.DataFrame
     return collected(works, out)
 
 
-def log_name(work: Work) -> str:
-    """Name the file of what a work prints."""
-    return f"{work.case}-{work.settings.strategies[0]}.log"
-
-
 def do(settings: Settings, dense: Path | None, log: Path) -> None:
     """Run a work in a process of its own; what it prints goes to a file, line by line."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
-    torch.set_num_threads(2)  # what runs on the CPU beside a GPU: merging
+    torch.set_num_threads(1)  # many of these run side by side
     try:
         if dense is not None:  # take over the whole model, as if this run had been stopped after it
             Record.begin(settings, "in-process")
