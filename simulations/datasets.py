@@ -101,7 +101,9 @@ class LabelledData:
 
         def kept(rows: datasets.Dataset) -> datasets.Dataset:
             columns = {c: rows.with_format("arrow")[:][c] for c in rows.column_names if c != "x"}
-            return datasets.Dataset(pa.table({"x": _fixed_size(_pixels(rows)), **columns}))
+            table = pa.table({"x": _fixed_size(_pixels(rows)), **columns})
+            # Named, because finding a name takes a hundred times the data's memory.
+            return datasets.Dataset(table, fingerprint=f"{self.name} decoded")
 
         if not isinstance(self.train.features["x"], datasets.Image):
             return self
