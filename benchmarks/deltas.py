@@ -30,6 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from eclm_flower import PrototypingConfig, prototype
 from eclm_flower.adaptation.sub_tasks import (
@@ -37,12 +38,19 @@ from eclm_flower.adaptation.sub_tasks import (
     mixture_from_label_counts,
     mixture_from_losses,
 )
-from eclm_flower.modular import ModularModel
+from eclm_flower.modular import ModularModel, Selection
+from eclm_flower.modular.deltas import Mixture, equal_mixture
 from eclm_flower.modular.modes import evaluating
+from eclm_flower.modular.selector import DELTAS
 from eclm_flower.prototyping.delta_scale import choose_scale
-from eclm_flower.prototyping.deltas import DeltaModules, equal_mixture
 from eclm_flower.prototyping.proxy import ProxyData
-from eclm_flower.prototyping.stages import Choice, budget_of, mean_gates, train_as_deployed
+from eclm_flower.prototyping.stages import (
+    Choice,
+    budget_of,
+    mean_gates,
+    train_as_deployed,
+    train_selector,
+)
 from simulations.accuracies import accuracies
 from simulations.augmentation import augmentation_of
 from simulations.ceiling import gain_of
@@ -61,7 +69,8 @@ INFERRED = ("label counts", "importance", "local losses")
 def main(
     dataset: str = "cifar10",
     data_dir: Annotated[str, typer.Option(help="Folder with cifar10/ in it.")] = "",
-    model: Annotated[str, typer.Option(help="As in python -m simulations run.")] = "auto",
+    resolution: Annotated[int, typer.Option(help="As in python -m simulations run.")] = 0,
+    model: Annotated[str, typer.Option(help="The same.")] = "auto",
     views: Annotated[str, typer.Option(help="Environments, one a device.")] = VIEWS,
     classes_per_device: Annotated[
         int, typer.Option(help="Label skew instead of views: classes of a device.")
@@ -83,6 +92,7 @@ def main(
         settings = Settings.suited(
             dataset=dataset,
             data_dir=data_dir,
+            resolution=resolution,
             model=model,
             devices=devices,
             classes_per_device=classes_per_device,
@@ -92,13 +102,12 @@ def main(
             enhancing_epochs=enhancing_epochs,
         )
         start = start_of(World(settings, seed), shares, whole_models)
-        deltas = DeltaModules(start.whole, start.train.num_sub_tasks)
-        nested = trained(start, deltas)
-        choose = nested_choice(nested)
-        scales = choose_scale(nested, deltas, start.held_out, choose, start.config)
+        nested = trained(start)
+        scales = choose_scale(nested, start.held_out, nested_choice(nested), start.config)
         print(f"Seed {seed}: accuracy on held-out proxy data by scale: {scales}", flush=True)
-        for row in tested(start, nested, deltas):
-            rows.append({"seed": seed, "scale": deltas.scale, **row})
+        scale = max(scales, key=lambda scale: scales[scale])
+        for row in tested(start, nested):
+            rows.append({"seed": seed, "scale": scale, **row})
         out.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows).to_csv(out, index=False)
     show(pd.DataFrame(rows))
@@ -148,30 +157,42 @@ def nested_choice(model: ModularModel) -> Choice:
     return lambda _, budget, __: window(model.costs, numbers_within(model.costs, budget))
 
 
-def trained(start: Start, deltas: DeltaModules) -> ModularModel:
-    """Train nested sub-models as deployed, and deltas beside them."""
+def trained(start: Start) -> ModularModel:
+    """Train nested sub-models as deployed, deltas beside them, and a selector of sub-tasks."""
     model = copy.deepcopy(start.whole)
-    choose, generator = nested_choice(model), torch.Generator().manual_seed(start.config.seed)
-    for loss in train_as_deployed(
-        model, start.train, choose, start.config, generator, deltas=deltas
-    ):
+    deltas = model.add_deltas()
+    generator = torch.Generator().manual_seed(start.config.seed)
+    targets = {DELTAS: torch.eye(model.sub_tasks)}
+    for _ in train_selector(model, start.train, targets, start.config, generator):
+        pass
+    deltas.gates.copy_(torch.from_numpy(mean_gates(model.selector, start.train)[DELTAS]))
+    choose = nested_choice(model)
+    for loss in train_as_deployed(model, start.train, choose, start.config, generator):
         print(f"  nested sub-models: loss {loss:.3f}", flush=True)
     return model.eval()
 
 
-def tested(start: Start, model: ModularModel, deltas: DeltaModules) -> Iterator[dict[str, object]]:
+@torch.no_grad()
+def as_sent(model: ModularModel, selection: Selection, mixture: Mixture) -> nn.Module:
+    """Build the sub-model of a device of some sub-tasks."""
+    assert model.deltas is not None
+    result = model.sub_model(selection)
+    for key, difference in model.deltas.difference(selection, mixture).items():
+        result.get_parameter(key).add_(difference)
+    return result
+
+
+def tested(start: Start, model: ModularModel) -> Iterator[dict[str, object]]:
     """Yield the accuracy of each device at each budget, for every way to tell its sub-tasks."""
-    number = deltas.sub_tasks
+    assert model.deltas is not None
+    number, gates = model.sub_tasks, {DELTAS: model.deltas.gates.numpy()}
     labels = start.train.data.tensors[1]  # type: ignore[attr-defined]
     label_counts = np.zeros((number, start.world.environment.num_classes))
     np.add.at(label_counts, (start.train.sub_tasks.numpy(), labels.numpy()), 1)
-    scorer = with_selector(start)
-    gates = mean_gates(scorer.selector, start.train)
     for share in start.config.budget_shares:
         prefix = window(model.costs, numbers_within(model.costs, budget_of(model.costs, share)))
         candidates = [
-            deltas.sub_model(model, prefix, equal_mixture([sub_task], number))
-            for sub_task in range(number)
+            as_sent(model, prefix, equal_mixture([sub_task], number)) for sub_task in range(number)
         ]
         for device, own in enumerate(sub_tasks_of_devices(start.world)):
             data = start.world.data(device, 0)
@@ -181,12 +202,12 @@ def tested(start: Start, model: ModularModel, deltas: DeltaModules) -> Iterator[
                 "label counts": mixture_from_label_counts(
                     np.bincount(y, minlength=label_counts.shape[1]), label_counts
                 ),
-                "importance": mixture_from_importance(scorer.importance([x]), gates),
+                "importance": mixture_from_importance(model.importance([x]), gates),
                 "local losses": mixture_from_losses(losses(candidates, data), len(y)),
             }
             common = {"share": share, "device": device, "sub_tasks": " ".join(map(str, own))}
             models = {"nested": model.sub_model(prefix)} | {
-                name: deltas.sub_model(model, prefix, torch.from_numpy(mixture))
+                name: as_sent(model, prefix, torch.from_numpy(mixture))
                 for name, mixture in mixtures.items()
             }
             for name, sub_model in models.items():
@@ -214,15 +235,6 @@ def losses(candidates: Sequence[torch.nn.Module], data: DeviceData) -> np.ndarra
         with evaluating(candidate):
             result.append(float(F.cross_entropy(candidate(x), y)))
     return np.array(result)
-
-
-def with_selector(start: Start) -> ModularModel:
-    """Train the selector as ECLM does; how its model's units are grouped is of no use here."""
-    model = copy.deepcopy(start.whole)
-    config = replace(start.config, epochs=0, enhancing_epochs=0)
-    data, sub_tasks = start.train.data, start.train.sub_tasks
-    prototype(model, data, sub_tasks=sub_tasks, config=config, augment=start.train.augment)
-    return model
 
 
 def show(frame: pd.DataFrame) -> None:

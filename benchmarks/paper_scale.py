@@ -61,7 +61,7 @@ PAPER = {
         "eclm": 74.20,
     },
 }
-#: Strategies of one process. The first trains the whole model, and the others wait for it.
+#: Strategies of one process. The first that gets there trains the whole model, the others wait.
 PROCESSES = (
     ("no-adaptation", "local-adaptation"),
     ("eclm",),
@@ -94,10 +94,8 @@ class Work:
         Of these strategies; `settings.out_dir` is theirs alone.
     log : path
         What it prints.
-    dense : path, optional
-        Where the whole model of the case is found once it is trained; None: this work trains it.
     process : Process, optional
-        What does it; None: not yet.
+        What does it.
     began, ended : float
         Seconds since all began; nan: not yet.
     """
@@ -105,7 +103,6 @@ class Work:
     case: str
     settings: Settings
     log: Path
-    dense: Path | None = None
     process: BaseProcess | None = field(default=None, repr=False)
     began: float = math.nan
     ended: float = math.nan
@@ -114,11 +111,6 @@ class Work:
     def label(self) -> str:
         """Say which it is."""
         return f"{self.case}, {', '.join(self.settings.strategies)}"
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can start."""
-        return self.process is None and (self.dense is None or self.dense.exists())
 
     @property
     def running(self) -> bool:
@@ -157,16 +149,14 @@ def main(
 def works_of(
     case: str, preset: Mapping[str, Any], options: Mapping[str, Any], folder: Path
 ) -> list[Work]:
-    """Divide a case into works, one a process; the first trains the whole model of all."""
+    """Divide a case into works, one a process, that share what the cloud prepares."""
     works = []
-    dense = None
+    shared = {"offline_dir": str(folder / case / "offline")}
     for strategies in PROCESSES:
         own = {"strategies": strategies, "out": str(folder / case / strategies[0])}
-        settings = Settings.suited(**{**preset, **options, **own})
+        settings = Settings.suited(**{**preset, **options, **shared, **own})
         log = folder / LOGS / f"{case}-{strategies[0]}.log"
-        works.append(Work(case=case, settings=settings, log=log, dense=dense))
-        if dense is None:
-            dense = settings.out_dir / "offline" / f"{DENSE}-{settings.seeds[0]}.safetensors"
+        works.append(Work(case=case, settings=settings, log=log))
     return works
 
 
@@ -182,17 +172,13 @@ def run_all(works: Sequence[Work], out: Path, *, seconds: float) -> pd.DataFrame
     spawn = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
     done: list[float] = []
     try:
-        # If the whole model is never trained, nothing else gets ready.
-        while any(work.ready or work.running for work in works):
-            if time.monotonic() - start > seconds:
-                break
+        for work in works:
+            work.process = spawn.Process(target=do, args=(work.settings, work.log), daemon=True)
+            work.process.start()
+            work.began = time.monotonic() - start
+        while any(work.running for work in works) and time.monotonic() - start < seconds:
             for work in works:
-                if work.ready:
-                    options = (work.settings, work.dense, work.log)
-                    work.process = spawn.Process(target=do, args=options, daemon=True)
-                    work.process.start()
-                    work.began = time.monotonic() - start
-                if work.process and not work.running and math.isnan(work.ended):
+                if not work.running and math.isnan(work.ended):
                     work.ended = time.monotonic() - start
             rows = [work.settings.out_dir / ROWS for work in works]
             before, done = done, [file.stat().st_mtime for file in rows if file.exists()]
@@ -207,17 +193,12 @@ def run_all(works: Sequence[Work], out: Path, *, seconds: float) -> pd.DataFrame
     return collected(works, out)
 
 
-def do(settings: Settings, dense: Path | None, log: Path) -> None:
+def do(settings: Settings, log: Path) -> None:
     """Run a work in a process of its own; what it prints goes to a file, line by line."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)  # many of these run side by side
     try:
-        if dense is not None:  # take over the whole model, as if this run had been stopped after it
-            Record.begin(settings, "in-process")
-            (settings.out_dir / "offline").mkdir()
-            shutil.copy(dense, settings.out_dir / "offline")
-            settings = replace(settings, resume=True)
         run(settings, "in-process")
     except BaseException:
         traceback.print_exc()

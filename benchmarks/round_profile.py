@@ -63,7 +63,7 @@ SERVER = (
     ("unpack", f"{_FEDERATION}.replies", "Training._read"),
     ("unpack", f"{_FEDERATION}.replies", "update_norm"),
     ("merge", f"{_FEDERATION}.strategy", "ECLM.merge"),
-    ("merge", f"{_FEDERATION}.cloud", "CloudModel.with_body"),
+    ("merge", f"{_FEDERATION}.cloud", "CloudModel.after"),
     # Waiting for devices, and the engine itself.
     ("rest", f"{_FEDERATION}.rounds", "exchange"),
     ("rest", f"{_FEDERATION}.rounds", "stream"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
-from typer import Option
+from typer import Argument, Option
 
-from simulations.presets import known_presets, read_preset
-from simulations.settings import Settings, SettingsError, engines, split_list
+from simulations.presets import known_presets
+from simulations.run_options import with_options_of, with_preset
+from simulations.settings import Settings, SettingsError, split_list
+from simulations.trials import SEEDS as TUNING_SEEDS
+from simulations.trials import TRIALS, split_trials
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 _DEFAULT = Settings()
@@ -25,6 +29,9 @@ Dataset = Annotated[
     ),
 ]
 DataDir = Annotated[str, Option(help="Folder with one folder per data set; else Hugging Face.")]
+Resolution = Annotated[
+    int, Option(help="Shrink images to so many pixels a side; 0: as they are. Half is 8x faster.")
+]
 Model = Annotated[str, Option(help="auto, mlp, slim-resnet, resnet18, resnet34 or vgg16.")]
 Modules = Annotated[int, Option(help="Modules a layer.")]
 Devices = Annotated[int, Option(help="Devices in the fleet.")]
@@ -43,6 +50,9 @@ EnhancingEpochs = Annotated[
 ]
 Seeds = Annotated[str, Option(help="Comma separated seeds.")]
 Out = Annotated[str, Option(help="Folder for the results.")]
+OfflineDir = Annotated[
+    str, Option(help="Folder of prepared cloud models that runs share; else one in --out.")
+]
 
 
 @cli.callback()
@@ -62,6 +72,7 @@ def run(
     ] = "",
     dataset: Dataset = _DEFAULT.dataset,
     data_dir: DataDir = _DEFAULT.data_dir,
+    resolution: Resolution = _DEFAULT.resolution,
     model: Model = _DEFAULT.model,
     modules: Modules = _DEFAULT.modules,
     strategies: Annotated[
@@ -89,12 +100,24 @@ def run(
         int, Option(help="Epochs on a device, in a round and in local adaptation.")
     ] = _DEFAULT.local_epochs,
     learning_rate: Annotated[float, Option(help=f"Learning rate on devices. {_SUITED}")] = -1,
+    rates: Annotated[
+        str, Option(help="A .toml of learning rates, strategy by strategy; see tune.")
+    ] = "",
     batch_size: Annotated[int, Option(help="Batch size on devices.")] = _DEFAULT.batch_size,
     classes_per_device: ClassesPerDevice = -1,
     alpha: Alpha = _DEFAULT.alpha,
     feature_shift: FeatureShift = _DEFAULT.feature_shift,
     views: Views = "",
     strength: Strength = _DEFAULT.strength,
+    judged_on: Annotated[
+        str, Option(help="test, or validation: training data that is kept back for choices.")
+    ] = _DEFAULT.judged_on,
+    masked_loss: Annotated[
+        bool, Option("--masked-loss", help="Devices train among their own classes only.")
+    ] = _DEFAULT.masked_loss,
+    guard: Annotated[
+        bool, Option("--guard", help="Devices undo a local adaptation that doesn't help.")
+    ] = _DEFAULT.guard,
     epochs: Epochs = -1,
     enhancing_epochs: EnhancingEpochs = -1,
     module_cache: Annotated[
@@ -110,6 +133,7 @@ def run(
     seeds: Seeds = "0",
     engine: Annotated[str, Option(help="ray or in-process.")] = "ray",
     out: Out = _DEFAULT.out,
+    offline_dir: OfflineDir = "",
     resume: Annotated[
         bool, Option("--resume", help="Do what an interrupted run in --out left undone.")
     ] = False,
@@ -117,13 +141,8 @@ def run(
 ) -> None:
     """Run strategies on a simulated fleet; leaves results.csv, summary.json and a picture."""
     options = {name: value for name, value in locals().items() if name != "context"}
-    if preset := options.pop("preset"):
-        for name, value in read_preset(preset).items():
-            if context.get_parameter_source(name) == ParameterSource.DEFAULT:
-                options[name] = value
+    options = with_preset(context, options)
     verbose, engine = options.pop("verbose"), options.pop("engine")
-    if engine not in engines():
-        raise SettingsError(f"Expected --engine from {', '.join(engines())}, got '{engine}'.")
     settings = Settings.suited(**options)
     from simulations.engine import run as run_on  # late: bad options are refused in no time
 
@@ -134,9 +153,91 @@ def run(
 
 
 @cli.command()
+@with_options_of(run, but=("learning_rate", "rates", "judged_on", "seeds", "engine", "resume"))
+def tune(
+    context: typer.Context,
+    trials: Annotated[
+        str, Option(help="Comma separated learning rates, the same for every strategy.")
+    ] = ",".join(f"{rate:g}" for rate in TRIALS),
+    tuning_seeds: Annotated[
+        str, Option(help="Comma separated seeds of the trials: none that is reported.")
+    ] = TUNING_SEEDS,
+    write: Annotated[
+        str, Option(help="The .toml for --rates, beside which the trials go; else in --out.")
+    ] = "",
+    out: Out = "runs/tuning",
+    **options: Any,
+) -> None:
+    """Choose a learning rate for every strategy of a run, on validation data."""
+    rates = split_trials(trials)
+    not_of_a_preset = ("learning_rate", "rates", "judged_on", "seeds", "engine")
+    options = with_preset(context, options, but=not_of_a_preset)
+    verbose = options.pop("verbose")
+    settings = Settings.suited(**options, out=out, seeds=tuning_seeds)
+    from rich.console import Console
+
+    from simulations.tuning import tune as tune_rates
+
+    try:
+        tune_rates(
+            settings,
+            rates,
+            Path(write) if write else settings.out_dir / "rates.toml",
+            command=f"python -m simulations {shlex.join(sys.argv[1:])}",
+            console=Console(),
+            verbose=verbose,
+        )
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on from here.")
+
+
+@cli.command()
+def table(
+    name: Annotated[
+        str,
+        Argument(help="A file in simulations/tables without its .toml, or the path of a .toml."),
+    ],
+    data_dir: DataDir = "",
+    jobs: Annotated[int, Option(min=1, help="Rows and seeds at a time, each on one core.")] = 1,
+    runs: Annotated[
+        str, Option(help="Folder of the runs and prepared cloud models.")
+    ] = "runs/tables",
+    tune: Annotated[
+        bool, Option("--tune", help="Only choose the learning rates that the table needs.")
+    ] = False,
+    report: Annotated[
+        bool, Option("--report", help="Only report what is there, from committed rows alone.")
+    ] = False,
+    redo: Annotated[
+        str, Option(help="Comma separated strategies whose results are run anew.")
+    ] = "",
+    page: Annotated[
+        str, Option(help="A page whose part for this table is brought up to date.")
+    ] = "",
+) -> None:
+    """Run what is missing of a table of evidence, and print it; see docs/evidence.md."""
+    from simulations.tables.command import run_table
+
+    try:
+        run_table(
+            name,
+            data_dir=data_dir,
+            jobs=jobs,
+            runs=Path(runs).absolute(),
+            tune=tune,
+            report=report,
+            redo=redo,
+            page=page,
+        )
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on from here.")
+
+
+@cli.command()
 def ceiling(
     dataset: Dataset = _DEFAULT.dataset,
     data_dir: DataDir = _DEFAULT.data_dir,
+    resolution: Resolution = _DEFAULT.resolution,
     model: Model = _DEFAULT.model,
     modules: Modules = _DEFAULT.modules,
     devices: Devices = _DEFAULT.devices,

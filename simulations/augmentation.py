@@ -18,10 +18,11 @@ def augmentation_of(world: World) -> Augment | None:
 
 
 def flip_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip and shift photographs at random, each its own way: ``[B, C, y, x]``, padding 4."""
+    """Flip photographs ``[B, C, y, x]`` at random, and shift them by up to an eighth."""
     number, _, height, width = x.shape
-    padded = F.pad(x, (4, 4, 4, 4))
-    top, left = torch.randint(0, 9, (2, number, 1), generator=generator).to(x.device)
+    most = max(height, width) // 8  # 4 of 32 pixels, as is usual
+    padded = F.pad(x, (most, most, most, most))
+    top, left = torch.randint(0, 2 * most + 1, (2, number, 1), generator=generator).to(x.device)
     rows = (top + torch.arange(height, device=x.device))[:, None, :, None]
     columns = (left + torch.arange(width, device=x.device))[:, None, None, :]
     images = torch.arange(number, device=x.device)[:, None, None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from simulations.settings import Settings
 from simulations.threads import one_thread
 from simulations.world import World, world_of
 from strategies import METHODS
+from strategies.guard import adapt_guarded
 from strategies.method import Method
 
 app = ClientApp()
@@ -176,7 +178,10 @@ def evaluate(msg: Message, context: Context) -> Message:
         original, model = task.opened(msg, stores=task.delivery)
         before = after = accuracies(model, data.test, data.classes)
         if task.local:
-            task.method.adapt(model, data.train, settings, task.generator(ADAPT))
+            adapt = task.method.adapt
+            if settings.guard:
+                adapt = partial(adapt_guarded, adapt)
+            adapt(model, data.train, settings, task.generator(ADAPT))
             after = accuracies(model, data.test, data.classes)
         shifted = (math.nan, math.nan)
         if task.delivery and settings.phase(task.step + 1) > settings.phase(task.step):

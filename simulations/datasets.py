@@ -17,12 +17,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
+import torch.nn.functional as F
 from flwr_datasets import FederatedDataset
 from numpy.typing import NDArray
 
@@ -55,6 +56,8 @@ class LabelledData:
         Samples are images ``[channels, y, x]``, not vectors or spectrograms.
     mean, std : tuple[float, ...]
         Subtracted and divided by: one value, or one for each channel (axis 0 of a sample).
+    pooled : int
+        Images: how many pixels of each direction are averaged to one; see `at`.
     """
 
     name: str
@@ -65,6 +68,30 @@ class LabelledData:
     images: bool
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    pooled: int = 1
+
+    def at(self, resolution: int) -> Self:
+        """Return the same images at a lower resolution.
+
+        Parameters
+        ----------
+        resolution : int
+            Pixels of the longer side; divides it.
+
+        Raises
+        ------
+        DataError
+            The samples are no images, or of a size that this does not divide.
+        """
+        channels, *sides = self.input_shape
+        factor = max(1, max(sides, default=0) // resolution)
+        if not self.images or max(sides) != factor * resolution or any(s % factor for s in sides):
+            raise DataError(
+                f"Expected a resolution that divides the sides of images, got {resolution} for "
+                f"samples of shape {list(self.input_shape)}; leave it out to take them as they are."
+            )
+        shape = (channels, *(side // factor for side in sides))
+        return replace(self, input_shape=shape, pooled=self.pooled * factor)
 
     def tensors(self, rows: datasets.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode and normalise the given rows, and only these.
@@ -85,12 +112,15 @@ class LabelledData:
         elif len(rows):
             cells = rows.select_columns("x").with_format("arrow")[:]["x"].combine_chunks()
             raw = cells.flatten().to_numpy(zero_copy_only=False)
-        x = torch.from_numpy(np.array(raw, np.float32).reshape(len(rows), *self.input_shape))
+        stored = [self.input_shape[0], *(side * self.pooled for side in self.input_shape[1:])]
+        x = torch.from_numpy(np.array(raw, np.float32).reshape(len(rows), *stored))
         if raw.dtype == np.uint8:
             x /= 255
         channels = (-1, *[1] * (len(self.input_shape) - 1))
         x -= torch.tensor(self.mean).view(channels)
         x /= torch.tensor(self.std).view(channels)
+        if self.pooled > 1:
+            x = F.avg_pool2d(x, self.pooled)
         return x, torch.from_numpy(int_column(rows, "label"))
 
     def decoded(self) -> LabelledData:
@@ -130,7 +160,9 @@ def int_column(rows: datasets.Dataset, name: str) -> NDArray[np.int64]:
     return np.array(column.to_numpy(), dtype=np.int64)
 
 
-def load_data(name: str, data_dir: Path | None = None) -> LabelledData:
+def load_data(
+    name: str, data_dir: Path | None = None, resolution: int | None = None
+) -> LabelledData:
     """Load a data set by name, or from a path that ends in ``.npz``.
 
     Parameters
@@ -144,6 +176,8 @@ def load_data(name: str, data_dir: Path | None = None) -> LabelledData:
     data_dir : Path | None (default: None)
         The folder that holds one folder for each data set (``cifar10/``, ``hapt/``, ``fsdd/``,
         ...). None: ``digits`` is built in, CIFAR and MNIST come from Hugging Face.
+    resolution : int | None (default: None)
+        Shrink images so that their longer side has so many pixels; None: as they are.
 
     Raises
     ------
@@ -155,6 +189,8 @@ def load_data(name: str, data_dir: Path | None = None) -> LabelledData:
     Switches off the progress bars of ``datasets`` in this process.
     """
     datasets.disable_progress_bars()
+    if resolution is not None:
+        return load_data(name, data_dir).at(resolution)
     if name.endswith(".npz"):
         return _own_npz(Path(name))
     if name not in _LOADERS:
@@ -167,7 +203,12 @@ def load_data(name: str, data_dir: Path | None = None) -> LabelledData:
 
 
 def _from_arrays(
-    name: str, arrays: Arrays, *, images: bool = True, **normalisation: tuple[float, ...]
+    name: str,
+    arrays: Arrays,
+    *,
+    images: bool = True,
+    mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,),
 ) -> LabelledData:
     """Build from checked ``x`` ``[n, ...]``, ``y`` ``[n]``, optional ``device`` and ``test``."""
     x, y, test = arrays["x"], arrays["y"], arrays.get("test")
@@ -185,7 +226,8 @@ def _from_arrays(
         num_classes=int(y.max()) + 1,
         input_shape=tuple(x.shape[1:]),
         images=images and x.ndim == 4,
-        **normalisation,
+        mean=mean,
+        std=std,
     )
 
 

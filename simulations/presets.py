@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,30 @@ def read_preset(name: str) -> dict[str, Any]:
         read = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SettingsError(f"Can't read the preset {path}: {error}.") from error
-    options = {key.replace("-", "_"): value for key, value in read.items()}
+    return sound_options(read, f"the preset {path}")
+
+
+def sound_options(
+    given: Mapping[str, Any], what: str, *, but: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return options with their names as in Python, lists as comma separated text.
+
+    Parameters
+    ----------
+    given : dict[str, Any]
+        As in a file.
+    what : str
+        Where they stand, for messages.
+    but : collection of str
+        Options of a run that may not stand there.
+
+    Raises
+    ------
+    SettingsError
+        There is something that is no option.
+    """
+    options = {key.replace("-", "_"): value for key, value in given.items()}
     known = {field.name for field in fields(Settings)} - {"out", "resume"} | {"engine"}
-    if unknown := sorted(set(options) - known):
-        raise SettingsError(
-            f"Expected options of a run in the preset {path}, got {', '.join(unknown)}."
-        )
+    if unknown := sorted(set(options) - (known - set(but))):
+        raise SettingsError(f"Expected options of a run in {what}, got {', '.join(unknown)}.")
     return {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}

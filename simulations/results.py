@@ -24,7 +24,7 @@ from simulations.settings import Settings, SettingsError, option
 ROWS, NOTES, PICTURE, SUMMARY = "results.csv", "run.json", "accuracy.png", "summary.json"
 _FOLDERS = ("offline", "devices")
 #: May differ when a run is resumed: what is there stays, what is missing is done.
-_EXTENDABLE = ("strategies", "seeds", "out", "resume")
+_EXTENDABLE = ("strategies", "seeds", "out", "offline_dir", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class Record:
         out = self.settings.out_dir
         if self.done:
             self.frame = self._in_order()
-            _replace(out / ROWS, self.frame.to_csv(index=False))
+            replace_file(out / ROWS, self.frame.to_csv(index=False))
         notes: dict[str, Any] = {
             "settings": asdict(self.settings),
             "engine": self.engine,
@@ -193,7 +193,7 @@ class Record:
             "wall_seconds": self.wall_seconds,
             "cloud_model": self.cloud_model,
         }
-        _replace(out / NOTES, json.dumps(notes, indent=2) + "\n")
+        replace_file(out / NOTES, json.dumps(notes, indent=2) + "\n")
 
     def _in_order(self) -> pd.DataFrame:
         """Order rows as an uninterrupted run writes them: by seed, then by strategy."""
@@ -219,7 +219,8 @@ def make_out_dir(settings: Settings) -> None:
         raise SettingsError(f"Can't write to --out {settings.out}: {error.strerror}.") from error
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)

@@ -42,7 +42,11 @@ def with_known_strategies(settings: Settings) -> Settings:
         There are no such strategies.
     """
     if settings.strategies == ("all",):
-        return replace(settings, strategies=tuple(METHODS))
+        settings = replace(settings, strategies=tuple(METHODS))
+    if unknown := [name for name, _ in settings.rates if name not in METHODS]:
+        raise SettingsError(
+            f"Expected --rates of {', '.join(METHODS)}, got one of '{', '.join(unknown)}'."
+        )
     unknown = [name for name in settings.strategies if name not in METHODS]
     if unknown:
         raise SettingsError(
@@ -79,7 +83,7 @@ def _run_seed(
 ) -> None:
     settings = record.settings
     world = world_of(settings.for_devices(), seed)
-    offline = OfflineStage(world, settings.out_dir / "offline", console)
+    offline = OfflineStage(world, settings.offline_folder, console)
     offline.accuracies = record.cloud_model.setdefault(str(seed), {})
     cloud_test = world.environment.cloud_test()
     # Let every process load what it needs, so that the first strategy is not timed for it.

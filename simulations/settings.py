@@ -7,6 +7,7 @@ alike on every engine and needs no configuration of its own.
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ Engine = Literal["ray", "in-process"]
 Compute = Literal["cpu", "cuda"]
 Variant = Literal["full", "no-cloud", "no-local-training"]
 FeatureShiftKind = Literal["none", "known", "new"]
+JudgedOn = Literal["test", "validation"]
 DATASETS = ("digits", "hapt", "cifar10", "cifar100", "mnist", "speech")
 
 SUITED_OPTIONS = ("learning_rate", "classes_per_device", "epochs", "enhancing_epochs")
@@ -29,14 +31,31 @@ _SUITED: dict[str, dict[str, Any]] = {
     "speech": _SMALL,
     ".npz": {"epochs": 30, "enhancing_epochs": 30, "classes_per_device": 0},
 }
+_CHOICES = {
+    "variant": Variant,
+    "feature_shift": FeatureShiftKind,
+    "judged_on": JudgedOn,
+    "compute": Compute,
+}
 _LEAST = {
     "classes_per_device": 0,
+    "resolution": 0,
     "rounds": 0,
     "epochs": 0,
     "enhancing_epochs": 0,
     "evaluated": 0,
 }
-_CLOUD_ONLY = ("strategies", "seeds", "out", "resume", "availability", "dropout", "evaluated")
+_CLOUD_ONLY = (
+    "strategies",
+    "rates",
+    "seeds",
+    "out",
+    "offline_dir",
+    "resume",
+    "availability",
+    "dropout",
+    "evaluated",
+)
 
 
 class SettingsError(ValueError):
@@ -53,6 +72,9 @@ class Settings:
         A name in `DATASETS`, or the path of a ``.npz``.
     data_dir : str (default: "")
         Folder with one folder per data set; empty: embedded, or from Hugging Face.
+    resolution : int (default: 0)
+        Pixels of an image's longer side, if it is to be shrunk; 0: as it is. Half of it makes a
+        convolutional model eight times faster here.
     model : str (default: "auto")
         A name in `simulations.models`; "auto" takes the one that suits the data.
     modules : int (default: 16)
@@ -81,6 +103,9 @@ class Settings:
         Epochs of a device's training, in a round and in its local adaptation (paper: 3).
     learning_rate : float (default: 0.002)
         Of devices: SGD, momentum 0.9. Paper: 0.001.
+    rates : tuple[tuple[str, float], ...] (default: ())
+        (strategy, learning rate) of strategies with another than `learning_rate`. As an option:
+        the path of a ``.toml`` with lines like ``eclm = 0.002``.
     batch_size : int (default: 16)
         Of devices (paper: 16).
     classes_per_device : int (default: 2)
@@ -94,6 +119,15 @@ class Settings:
         Of a feature shift; empty: all that suit the data.
     strength : int (default: 3)
         Of the views, 1 to 5.
+    judged_on : {"test", "validation"}
+        What devices and the whole cloud model are tested on: test data, or training data that is
+        kept back from all training, for choices that may not look at test data. See
+        `simulations.environment.kept_back`.
+    masked_loss : bool (default: False)
+        Devices train with cross-entropy over the classes they have.
+    guard : bool (default: False)
+        A device keeps the model it was sent where local adaptation doesn't help on samples held
+        back from it.
     epochs, enhancing_epochs : int (defaults: 14, 9)
         Of the offline stage; see `eclm_flower.PrototypingConfig`.
     module_cache : bool (default: False)
@@ -108,12 +142,15 @@ class Settings:
     seeds : tuple[int, ...] (default: (0,))
     out : str (default: "runs/latest")
         Folder for the results.
+    offline_dir : str (default: "")
+        Folder of prepared cloud models that several runs share; empty: one in `out`.
     resume : bool (default: False)
         Keep what an interrupted run of the same settings left there, and do the rest.
     """
 
     dataset: str = "digits"
     data_dir: str = ""
+    resolution: int = 0
     model: str = "auto"
     modules: int = 16
     strategies: tuple[str, ...] = ("eclm", "fedavg")
@@ -129,12 +166,16 @@ class Settings:
     rounds: int = 10
     local_epochs: int = 3
     learning_rate: float = 0.002
+    rates: tuple[tuple[str, float], ...] = ()
     batch_size: int = 16
     classes_per_device: int = 2
     alpha: float = 0.0
     feature_shift: FeatureShiftKind = "none"
     views: tuple[str, ...] = ()
     strength: int = 3
+    judged_on: JudgedOn = "test"
+    masked_loss: bool = False
+    guard: bool = False
     epochs: int = 14
     enhancing_epochs: int = 9
     module_cache: bool = False
@@ -143,6 +184,7 @@ class Settings:
     compute: Compute = "cpu"
     seeds: tuple[int, ...] = (0,)
     out: str = "runs/latest"
+    offline_dir: str = ""
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -167,6 +209,8 @@ class Settings:
             self.evaluated,
         )
         _expect(0 < self.learning_rate < 10, "--learning-rate > 0", self.learning_rate)
+        for strategy, rate in self.rates:
+            _expect(0 < rate < 10, f"--rates > 0, below 10, for {strategy}", rate)
         for name in ("strategies", "seeds"):
             values = getattr(self, name)
             fine = len(set(values)) == len(values) > 0
@@ -179,11 +223,7 @@ class Settings:
         self._check_environment()
 
     def _check_environment(self) -> None:
-        for name, known in (
-            ("variant", Variant),
-            ("feature_shift", FeatureShiftKind),
-            ("compute", Compute),
-        ):
+        for name, known in _CHOICES.items():
             value = getattr(self, name)
             _expect(
                 value in get_args(known),
@@ -210,6 +250,11 @@ class Settings:
         """Return the settings without what concerns the cloud alone: fewer bytes, equal bytes."""
         return replace(self, **{name: getattr(type(self), name) for name in _CLOUD_ONLY})
 
+    def with_rate_of(self, strategy: str) -> Self:
+        """Return the settings of one strategy: with its own learning rate, if it has one."""
+        rate = dict(self.rates).get(strategy, self.learning_rate)
+        return replace(self, learning_rate=rate, rates=())
+
     def to_json(self) -> str:
         """Write what differs from the defaults as JSON."""
         return json.dumps({k: v for k, v in asdict(self).items() if v != getattr(type(self), k)})
@@ -217,11 +262,7 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in json.loads(text).items()
-        }
-        return cls(**values)
+        return cls(**{name: _frozen(value) for name, value in json.loads(text).items()})
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Self:
@@ -263,7 +304,9 @@ class Settings:
                 given[name] = split_list(value)
         if isinstance(seeds := given.get("seeds"), str | int):
             given["seeds"] = split_seeds(str(seeds))
-        for name in ("data_dir", "out", "dataset"):
+        if isinstance(rates := given.get("rates"), str):
+            given["rates"] = read_rates(Path(rates)) if rates else ()
+        for name in ("data_dir", "out", "offline_dir", "dataset"):
             path = str(given.get(name, ""))
             if path and (name != "dataset" or path.endswith(".npz")):
                 given[name] = str(Path(path).expanduser().absolute())
@@ -274,9 +317,34 @@ class Settings:
         """The folder for the results."""
         return Path(self.out)
 
+    @property
+    def offline_folder(self) -> Path:
+        """The folder of prepared cloud models."""
+        return Path(self.offline_dir) if self.offline_dir else self.out_dir / "offline"
+
     def phase(self, step: int) -> int:
         """Return how often data has shifted at a step."""
         return step // self.shift_every
+
+
+def read_rates(path: Path) -> tuple[tuple[str, float], ...]:
+    """Read learning rates, strategy by strategy, from a ``.toml``.
+
+    Raises
+    ------
+    SettingsError
+        There is no such file, or something in it is no rate.
+    """
+    try:
+        rates = tomllib.loads(path.expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"Can't read --rates {path}: {error}; expected lines like eclm = 0.002."
+        ) from error
+    for strategy, rate in rates.items():
+        fine = isinstance(rate, int | float) and not isinstance(rate, bool)
+        _expect(fine, f"a learning rate for {strategy} in {path}", repr(rate))
+    return tuple(sorted((strategy, float(rate)) for strategy, rate in rates.items()))
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -300,6 +368,10 @@ def engines() -> tuple[str, ...]:
 def option(name: str) -> str:
     """Write a field's name as an option."""
     return f"--{name.replace('_', '-')}"
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _joined(values: tuple[Any, ...]) -> str:

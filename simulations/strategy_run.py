@@ -325,7 +325,7 @@ def run_config(settings: Settings, seed: int, strategy: str) -> ConfigRecord:
     """Everything a device must know of an experiment, at its beginning."""
     return ConfigRecord(
         {
-            "settings": settings.for_devices().to_json(),
+            "settings": settings.with_rate_of(strategy).for_devices().to_json(),
             "seed": seed,
             "strategy": strategy,
             "out": settings.out.ljust(_OUT_WIDTH),

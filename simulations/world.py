@@ -17,10 +17,13 @@ from eclm_flower import Budget, modularize
 from eclm_flower.modular import ModularModel
 from simulations.conditions import Conditions, conditions_of, shares_of
 from simulations.datasets import LabelledData, load_data
-from simulations.environment import DeviceData, Environment, FeatureShift
+from simulations.environment import DeviceData, Environment, FeatureShift, for_validation
 from simulations.fleet import Device, draw_fleet
 from simulations.models import build_model
-from simulations.settings import Settings
+from simulations.settings import JudgedOn, Settings
+
+#: Most sub-tasks that get delta modules: the cloud stores a core, a quarter of a model, for each.
+MOST_DELTAS = 64
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,14 @@ class World:
                 strength=settings.strength,
             )
         return Environment(
-            # On a GPU, decoding at each visit would take longer than training.
-            (_data if settings.compute == "cpu" else _decoded)(settings.dataset, data_dir),
+            _data(
+                settings.dataset,
+                data_dir,
+                settings.resolution or None,
+                settings.judged_on,
+                # On a GPU, decoding at each visit would take longer than training.
+                decoded=settings.compute != "cpu",
+            ),
             devices=settings.devices,
             classes_per_device=settings.classes_per_device or None,
             alpha=settings.alpha or None,
@@ -52,6 +61,12 @@ class World:
             feature_shift=feature_shift,
             seed=self.seed,
         )
+
+    @property
+    def sub_tasks(self) -> int:
+        """Number of sub-tasks that get delta modules: those of the proxy data, unless too many."""
+        number = int(self.environment.proxy_sub_tasks.max()) + 1
+        return number if number <= MOST_DELTAS else 0
 
     @cached_property
     def fleet(self) -> list[Device]:
@@ -72,6 +87,7 @@ class World:
             return modularize(
                 body,
                 modules_per_layer=self.settings.modules,
+                sub_tasks=self.sub_tasks,
                 example_input=torch.zeros(1, *shape),
             )
 
@@ -127,9 +143,15 @@ def world_of(settings: Settings, seed: int) -> World:
     return World(settings, seed)
 
 
-_data = lru_cache(maxsize=2)(load_data)
-
-
 @lru_cache(maxsize=2)
-def _decoded(name: str, data_dir: Path | None) -> LabelledData:
-    return load_data(name, data_dir).decoded()
+def _data(
+    name: str,
+    data_dir: Path | None,
+    resolution: int | None,
+    judged_on: JudgedOn,
+    *,
+    decoded: bool,
+) -> LabelledData:
+    data = load_data(name, data_dir, resolution)
+    data = data.decoded() if decoded else data
+    return for_validation(data) if judged_on == "validation" else data

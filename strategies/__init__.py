@@ -37,9 +37,12 @@ METHODS: dict[str, Method] = {
         ADAPTIVENET,
         CLUSTERS,
         RANDOM,
+        eclm_ablations.NO_DELTAS,
+        eclm_ablations.FIXED_DELTAS,
+        eclm_ablations.CHOSEN,
+        eclm_ablations.UNIFORM_MERGE,
         eclm_ablations.NO_IMPORTANCE,
         eclm_ablations.NO_ENHANCING,
-        eclm_ablations.UNIFORM_MERGE,
         eclm_precision.HALF,
         eclm_precision.EIGHT_BIT,
     )

@@ -22,6 +22,8 @@ class Training(Protocol):
     learning_rate : float
     batch_size : int
     local_epochs : int
+    masked_loss : bool
+        Train with `own_classes_only`.
     """
 
     @property
@@ -30,6 +32,8 @@ class Training(Protocol):
     def batch_size(self) -> int: ...  # noqa: D102
     @property
     def local_epochs(self) -> int: ...  # noqa: D102
+    @property
+    def masked_loss(self) -> bool: ...  # noqa: D102
 
 
 def train(
@@ -40,7 +44,7 @@ def train(
     *,
     epochs: int | None = None,
     clip_norm: float | None = None,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> float:
     """Train a module on a device's data, in place, by SGD with momentum 0.9.
 
@@ -58,8 +62,9 @@ def train(
         Instead of the settings' ``local_epochs``.
     clip_norm : float, optional
         Clip gradients to this norm.
-    loss : callable
-        (logits ``[B, C]``, labels ``[B]``) -> mean loss of a batch.
+    loss : callable, optional
+        (logits ``[B, C]``, labels ``[B]``) -> mean loss of a batch; by default what the settings
+        say.
 
     Returns
     -------
@@ -67,6 +72,8 @@ def train(
         The mean loss of the last epoch.
     """
     x, y = data.tensors
+    if loss is None:
+        loss = own_classes_only(y) if settings.masked_loss else F.cross_entropy
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=0.9)
     model.train()
     losses: list[tuple[Tensor, int]] = []
@@ -82,6 +89,22 @@ def train(
             losses.append((batch_loss.detach(), len(rows)))
     # Read at the end: a GPU is not waited for in every step.
     return sum(float(batch_loss) * number for batch_loss, number in losses) / len(x)
+
+
+def own_classes_only(y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a cross-entropy over the classes that occur in a device's labels ``[n]``.
+
+    The logits of all others take no part in it and get no gradient, so what the cloud knows of them
+    is not unlearned.
+    """
+    present = y.unique()  # type: ignore[no-untyped-call]
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        absent = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+        absent[present] = False
+        return F.cross_entropy(logits.masked_fill(absent, -torch.inf), labels)
+
+    return loss
 
 
 def train_alone(

@@ -8,13 +8,15 @@ sub-models as the method will deploy them, with the same simulated devices, budg
 =============  ====================================================================================
 kind           sub-models trained in the cloud
 =============  ====================================================================================
-``modules``    ECLM's: units are grouped, the selector learns, then chooses
+``modules``    ECLM's: prefixes as in ``nested``, and delta modules for what sub-tasks differ in
+``no-deltas``  the same without delta modules
+``chosen``     modules behind a core of two: units are grouped, the selector learns, then chooses
 ``nested``     prefixes of one order of units, those that contribute most first
 ``scaled``     the same prefixes, their hidden units scaled as HeteroFL does
 ``windows``    modules in a row, from a random one on
 ``branches``   modules at random
 ``whole``      none: the whole model trains on
-``split``      none: the whole model trains on, then units are grouped and the selector learns
+``split``      none: the whole model trains on, then units are put in order
 =============  ====================================================================================
 """
 
@@ -35,7 +37,12 @@ from eclm_flower.prototyping import PrototypingReport
 from strategies.scaler import scale_hidden_units
 from strategies.windows import numbers_within, scattered, window
 
-Offline = Literal["modules", "nested", "scaled", "windows", "branches", "whole", "split"]
+Offline = Literal[
+    "modules", "no-deltas", "chosen", "nested", "scaled", "windows", "branches", "whole", "split"
+]
+
+
+CHOSEN_CORE = 2  # modules that all have where others are chosen; more helped nobody in our trials
 
 
 def prepare(
@@ -62,13 +69,17 @@ def prepare(
         Further parameters of `eclm_flower.prototype`, sub-tasks among them.
     """
     config = replace(config, epochs=0)
+    if offline in ("no-deltas", "chosen", "split"):
+        config = replace(config, delta_rate=0)
+    if offline == "chosen":
+        config = replace(config, core_modules=CHOSEN_CORE)
     if offline in ("whole", "split"):
         config = replace(
             config,
             epochs=config.enhancing_epochs,
             learning_rate=config.enhancing_learning_rate,
             enhancing_epochs=0,
-            selector_epochs=config.selector_epochs if offline == "split" else 0,
+            selector_epochs=0,
         )
     if offline in _SUB_MODELS:
         options["sub_models"] = _SUB_MODELS[offline]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from eclm_flower.federation.cache import Digests, digests_of, lacking, shared_pi
 from eclm_flower.federation.decoding import read_array
 from eclm_flower.federation.messages import (
     BODY,
+    DELTAS_STATE,
     DOWNLOAD,
     PARTS,
     SELECTOR,
@@ -32,8 +34,9 @@ from eclm_flower.federation.wire import (
     forms,
     rounded,
 )
+from eclm_flower.modular.deltas import DeltaModules
 from eclm_flower.modular.model import ModularModel
-from eclm_flower.modular.selection import Selection
+from eclm_flower.modular.selection import Selection, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class CloudModel:
     model : ModularModel
         Its structure; the weights in it are not used.
     arrays : ArrayRecord
-        Body and selector, as `ModularModel.state_dict` keys them.
+        Body, selector and delta modules, as `ModularModel.state_dict` keys them.
     state : dict[str, Tensor]
         The body, as views of `arrays`: not to be written to.
     module_versions : dict[str, np.ndarray]
@@ -93,6 +96,21 @@ class CloudModel:
     def selector(self) -> dict[str, Tensor]:
         """The selector's tensors, as views of `arrays`."""
         return _opened(self.model.selector.state_dict(), self.arrays, SELECTOR)
+
+    @cached_property
+    def deltas(self) -> DeltaModules | None:
+        """The delta modules, with tensors of their own; None if there are none, or all are zero."""
+        if self.model.deltas is None:
+            return None
+        deltas = copy.deepcopy(self.model.deltas)
+        deltas.load_state_dict(_opened(deltas.state_dict(), self.arrays, DELTAS_STATE))
+        return None if deltas.empty else deltas.requires_grad_(False)
+
+    def specialised(self, mixture: Tensor) -> CloudModel:
+        """Return the cloud model as it is for devices of a mixture of sub-tasks."""
+        assert self.deltas is not None
+        everything = whole(self.model.layers.values())
+        return replace(self, state=self.deltas.merged(self.state, everything, mixture))
 
     @cached_property
     def selector_arrays(self) -> ArrayRecord:
@@ -170,16 +188,23 @@ class CloudModel:
         shared = self._shared_arrays if send[SHARED] else {}
         return _record({**shared, **flattened(MODULES_PART, modules, self.sent_as)}), config
 
-    def with_body(self, merged: dict[str, Tensor], server_round: int) -> CloudModel:
+    def after(
+        self,
+        server_round: int,
+        merged: dict[str, Tensor],
+        deltas: Mapping[str, Tensor] | None = None,
+    ) -> CloudModel:
         """Return the cloud model after a round, with the versions of what really changed.
 
         Parameters
         ----------
+        server_round : int
+            The round.
         merged : dict[str, Tensor]
             The body's state after the round; tensors that are the objects of `state` didn't change.
             It is emptied, so that each tensor is in memory once.
-        server_round : int
-            The round.
+        deltas : dict[str, Tensor], optional
+            State of the delta modules after the round, where it changed.
         """
         layer_of = {key: layer for layer in self.model.layers.values() for key in layer.axes}
         versions = {name: numbers.copy() for name, numbers in self.module_versions.items()}
@@ -195,6 +220,8 @@ class CloudModel:
             elif not new.equal(old):
                 shared_version = server_round
             arrays[f"{BODY}{key}"] = to_array(new)
+        for key, tensor in (deltas or {}).items():
+            arrays[f"{DELTAS_STATE}{key}"] = to_array(tensor)
         record = _record(arrays)
         return replace(
             self,

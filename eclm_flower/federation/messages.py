@@ -34,8 +34,9 @@ from eclm_flower.adaptation.profile import Budget, DeviceProfile
 from eclm_flower.errors import ReplyError, RequestError, SelectionError
 from eclm_flower.modular.costs import RESOURCES, Cost, CostTable
 from eclm_flower.modular.selection import Selection, checked
+from eclm_flower.modular.selector import DELTAS
 
-BODY, SELECTOR = "body.", "selector."
+BODY, SELECTOR, DELTAS_STATE = "body.", "selector.", "deltas."
 BATCH_NORM = "eclm.batch-norm"
 MODULES = "eclm.modules."
 DEVICE = "eclm.device"
@@ -147,7 +148,9 @@ def profile_to_metrics(profile: DeviceProfile) -> MetricRecord:
     return MetricRecord(metrics)
 
 
-def profile_from_content(content: RecordDict, costs: CostTable | None = None) -> DeviceProfile:
+def profile_from_content(
+    content: RecordDict, costs: CostTable | None = None, *, sub_tasks: int = 0
+) -> DeviceProfile:
     """Read a device's profile.
 
     Parameters
@@ -156,6 +159,8 @@ def profile_from_content(content: RecordDict, costs: CostTable | None = None) ->
         The reply's content.
     costs : CostTable, optional
         With it, what does not fit the model's layers is refused.
+    sub_tasks : int (default: 0)
+        Number of sub-tasks with delta modules, which have an importance too.
 
     Raises
     ------
@@ -184,7 +189,10 @@ def profile_from_content(content: RecordDict, costs: CostTable | None = None) ->
         raise ReplyError(
             f"Device {device} reported no usable budget: {error}.", "budget"
         ) from error
-    importance = _read_importance(device, metrics, costs)
+    sizes = None
+    if costs is not None:
+        sizes = {**costs.modules, **({DELTAS: sub_tasks} if sub_tasks else {})}
+    importance = _read_importance(device, metrics, sizes)
     return DeviceProfile(device=device, budget=budget, importance=importance, cached=cached)
 
 
@@ -221,7 +229,7 @@ def _read_cached(metrics: Mapping[str, object], costs: CostTable | None) -> dict
 
 
 def _read_importance(
-    device: int, metrics: Mapping[str, object], costs: CostTable | None
+    device: int, metrics: Mapping[str, object], expected: Mapping[str, int] | None
 ) -> dict[str, np.ndarray]:
     """Read the importance in a device's profile: a distribution over each layer's modules."""
     told = {
@@ -232,10 +240,9 @@ def _read_importance(
     sizes = {
         layer: len(value) if isinstance(value, list) else None for layer, value in told.items()
     }
-    if told and costs is not None and sizes != costs.modules:
+    if told and expected is not None and sizes != expected:
         raise ReplyError(
-            f"Device {device} reported importance of sizes {sizes!r}, expected "
-            f"{dict(costs.modules)}.",
+            f"Device {device} reported importance of sizes {sizes!r}, expected {dict(expected)}.",
             "importance",
         )
     importance = {}

@@ -73,6 +73,7 @@ class Profiles:
         *,
         until: Deadline,
         costs: CostTable,
+        sub_tasks: int,
         traffic: Traffic,
     ) -> Counter[str]:
         """Ask devices for their budget, and for their importance where it is missing or old.
@@ -89,7 +90,7 @@ class Profiles:
             Selector arrays, or None where no importance is wanted -> what the query carries.
         selector : ArrayRecord
             The selector's arrays.
-        until, costs, traffic
+        until, costs, sub_tasks, traffic
             See `ask`.
 
         Returns
@@ -109,6 +110,7 @@ class Profiles:
             lambda node: question(selector if to_ask[node] in outdated else None),
             until=until,
             costs=costs,
+            sub_tasks=sub_tasks,
             traffic=traffic,
         )
         for node, profile in answers.items():
@@ -152,6 +154,7 @@ def ask(
     *,
     until: Deadline,
     costs: CostTable | None = None,
+    sub_tasks: int = 0,
     traffic: Traffic | None = None,
 ) -> tuple[dict[int, DeviceProfile], Counter[str]]:
     """Ask nodes for their profiles; those that fail to answer are left out, with a log line.
@@ -170,6 +173,8 @@ def ask(
         When to stop waiting.
     costs : CostTable, optional
         With it, importance that doesn't fit the model is refused.
+    sub_tasks : int (default: 0)
+        Number of sub-tasks with delta modules.
     traffic : Traffic, optional
         Counts the bytes.
 
@@ -206,7 +211,7 @@ def ask(
             losses.update(("failed", f"failed-{failure(answer.error)}"))
             continue
         try:
-            profiles[node_id] = profile_from_content(answer.content, costs)
+            profiles[node_id] = profile_from_content(answer.content, costs, sub_tasks=sub_tasks)
         except ReplyError as error:
             log(WARNING, "Profile of node %s is refused: %s", node_id, error)
             losses.update(("refused", f"refused-{error.reason}"))

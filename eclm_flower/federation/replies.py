@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from typing import TypeVar
@@ -45,12 +45,15 @@ class Request:
         Its number.
     selection : dict[str, sequence of int]
         Its modules.
+    mixture : Tensor, optional
+        ``[S]``: the sub-tasks whose delta modules are merged into its sub-model; None: of none.
     metadata : Metadata, optional
         Of the message, once that is made; Flower writes the message id into it when it is pushed.
     """
 
     device: int
     selection: Selection
+    mixture: Tensor | None = None
     metadata: Metadata | None = None
 
 
@@ -102,6 +105,9 @@ class Training:
         Norm and examples of updates merged in earlier rounds.
     sent_as : torch.dtype, optional
         Devices return what changed, as this dtype; None: what it became, as it is.
+    differences : callable, optional
+        Request -> what its sub-model differed by from `state` (delta modules), keyed alike. It is
+        taken off: all that follows compares with `state`.
 
     Attributes
     ----------
@@ -124,13 +130,14 @@ class Training:
         limits: Limits,
         usual: Sequence[tuple[float, float]] = (),
         sent_as: torch.dtype | None = None,
+        differences: Callable[[Request], Mapping[str, Tensor]] = lambda _: {},
     ) -> None:
         self._replies, self._requests = replies, requests
         self._state, self._layers = state, list(layers)
         self._importance = importance
         self._arrays, self._weight = arrayrecord_key, weighted_by_key
         self._peers = Peers(limits, usual)
-        self._sent_as = sent_as
+        self._sent_as, self._differences = sent_as, differences
         self._contents: dict[int, RecordDict] = {}
         self._counts: Counter[str] = Counter()
         self.metrics: dict[int, MetricRecord] = {}
@@ -185,6 +192,9 @@ class Training:
         if self._sent_as is not None:
             for key, before in sent(request.selection, self._state, self._layers):
                 tensors[key] = before + tensors[key]
+        else:
+            for key, difference in self._differences(request).items():
+                tensors[key] = tensors[key] - difference
         weight = next(iter(_of(content, MetricRecord).values()))[self._weight]
         update = Update(
             device=request.device,

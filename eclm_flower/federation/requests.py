@@ -62,6 +62,7 @@ def configure(
         strategy.cloud.selector_arrays,
         until=profiles_until,
         costs=strategy.costs,
+        sub_tasks=strategy.model.sub_tasks,
         traffic=phase.traffic,
     )
     profiles = [strategy.told.of_round(device, server_round) for device in devices]
@@ -72,7 +73,8 @@ def configure(
             phase.losses["infeasible"] += 1
         else:
             strategy.selections[profile.device] = derived
-            phase.requests.append(Request(profile.device, derived))
+            mixture = strategy.mixture(profile)
+            phase.requests.append(Request(profile.device, derived, mixture))
     config["server-round"] = server_round  # as Flower's FedAvg does
     return _packed(strategy, phase.requests, config, message_type)
 
@@ -94,7 +96,10 @@ def _packed(
     for request in requests:
         device = request.device
         cached = strategy.profiles[device].cached
-        sub_model, what_it_is = strategy.cloud.pack(request.selection, cached)
+        cloud = strategy.cloud
+        if request.mixture is not None:
+            cloud = cloud.specialised(request.mixture)
+        sub_model, what_it_is = cloud.pack(request.selection, cached)
         if strategy.upload_dtype is not None and message_type == MessageType.TRAIN:
             what_it_is[UPLOAD] = str(strategy.upload_dtype).removeprefix("torch.")
         told = ConfigRecord({**config, **what_it_is, BATCH_NORM: strategy.batch_norm})

@@ -105,11 +105,12 @@ def to_checkpoint(state: RunState, settings: Mapping[str, str]) -> Checkpoint:
             [told.importance_rounds.get(d, -1) for d in known], dtype=np.int64
         ),
     }
+    if told.tells == "importance":
+        for name, size in cloud.model.selector.sizes.items():
+            tensors[f"{_IMPORTANCE}{name}"] = np.array(
+                [told.latest[d].importance[name] for d in known], dtype=np.float64
+            ).reshape(-1, size)
     for layer in cloud.model.layers.values():
-        if told.tells == "importance":
-            tensors[f"{_IMPORTANCE}{layer.name}"] = np.array(
-                [told.latest[d].importance[layer.name] for d in known], dtype=np.float64
-            ).reshape(-1, layer.modules)
         held = np.zeros((len(chosen), layer.modules), dtype=bool)
         for row, device in zip(held, chosen, strict=True):
             row[list(state.selections[device][layer.name])] = True
@@ -169,7 +170,7 @@ def from_checkpoint(checkpoint: Checkpoint, model: ModularModel, told: Profiles)
     for row, device in enumerate(facts["profiles"]):
         importance = {
             name: tensors[f"{_IMPORTANCE}{name}"][row]
-            for name in model.layers
+            for name in model.selector.sizes
             if told.tells == "importance"
         }
         budget = Budget(**dict(zip(RESOURCES, map(float, tensors[_BUDGETS][row]), strict=True)))

@@ -16,11 +16,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
+from eclm_flower.adaptation.delta_merge import DeltaMean
 from eclm_flower.adaptation.derivation import derive, derive_all
 from eclm_flower.adaptation.merge import Weighting, merge
 from eclm_flower.adaptation.outliers import Limits
 from eclm_flower.adaptation.profile import DeviceProfile
 from eclm_flower.adaptation.robust import Robust
+from eclm_flower.adaptation.sub_tasks import mixture_from_importance
 from eclm_flower.adaptation.update import Update
 from eclm_flower.errors import InfeasibleBudgetError
 from eclm_flower.federation.checkpoint import CheckpointFolder
@@ -28,7 +30,7 @@ from eclm_flower.federation.cloud import CloudModel
 from eclm_flower.federation.messages import DERIVES, DTYPES
 from eclm_flower.federation.phase import Phase
 from eclm_flower.federation.profiles import Profiles
-from eclm_flower.federation.replies import Training, read_evaluation
+from eclm_flower.federation.replies import Request, Training, read_evaluation
 from eclm_flower.federation.requests import configure
 from eclm_flower.federation.roster import Roster
 from eclm_flower.federation.rounds import run_rounds
@@ -40,6 +42,7 @@ from eclm_flower.modular.batch_norm import BatchNormPolicy
 from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
+from eclm_flower.modular.selector import DELTAS
 
 _REMEMBERED = 64  # updates whose norms say what is usual
 
@@ -52,6 +55,7 @@ _SETTINGS = (
     "robust",
     "limits",
     "min_replies",
+    "delta_step",
     "download_dtype",
     "upload_dtype",
     "fraction_train",
@@ -104,6 +108,10 @@ class ECLM(FedAvg):
         where the engine keeps messages in it, as a simulation does: about twice the clients that
         run at a time keep all of them busy. None (default): all of a round, as Flower does; real
         devices work side by side, and one that is slow holds up no other.
+    delta_step : float (default: 1.0)
+        How far delta modules follow what the devices of their sub-tasks change; see
+        `eclm_flower.adaptation.delta_merge`. 0: they stay as the offline stage left them, as they
+        do under `robust`. Without delta modules it means nothing.
     download_dtype : {torch.float16, torch.bfloat16}, optional
         Send sub-models rounded to it: half the bytes, and budgets pay for more modules. None
         (default): as they are.
@@ -152,6 +160,7 @@ class ECLM(FedAvg):
         round_timeout: float | None = None,
         min_replies: int = 1,
         window: int | None = None,
+        delta_step: float = 1.0,
         download_dtype: torch.dtype | None = None,
         upload_dtype: torch.dtype | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -169,6 +178,8 @@ class ECLM(FedAvg):
             raise ValueError(f"Expected min_replies >= 1, got {min_replies}.")
         if window is not None and window < 1:
             raise ValueError(f"Expected window >= 1 or None, got {window}.")
+        if not delta_step >= 0:
+            raise ValueError(f"Expected delta_step >= 0, got {delta_step}.")
         if download_dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(
                 f"Expected download_dtype float16, bfloat16 or None, got {download_dtype}."
@@ -188,6 +199,7 @@ class ECLM(FedAvg):
         self.round_timeout = round_timeout
         self.min_replies = min_replies
         self.window = window
+        self.delta_step = delta_step
         self.download_dtype, self.upload_dtype = download_dtype, upload_dtype
         self.checkpoints = (
             None
@@ -322,6 +334,19 @@ class ECLM(FedAvg):
             return profile.selection
         return derive(profile.importance, self.costs, profile.budget)
 
+    def mixture(self, profile: DeviceProfile) -> Tensor | None:
+        """Infer a device's sub-tasks, whose delta modules are merged into what it is sent.
+
+        Returns
+        -------
+        Tensor or None
+            float64 ``[S]``; None: nothing is known, or there are no delta modules.
+        """
+        if self.cloud.deltas is None or DELTAS not in profile.importance:
+            return None
+        gates = self.cloud.deltas.gates.numpy()
+        return torch.from_numpy(mixture_from_importance(profile.importance, {DELTAS: gates}))
+
     def derive_all(
         self, profiles: Sequence[DeviceProfile], server_round: int
     ) -> list[Selection | InfeasibleBudgetError]:
@@ -430,9 +455,16 @@ class ECLM(FedAvg):
             limits=self.limits,
             usual=self.usual,
             sent_as=self.upload_dtype,
+            differences=self._difference,
         )
         self.reply_metrics = training.metrics
         updates = iter(training)
+        delta_mean = None
+        if self.cloud.deltas is not None and self.delta_step > 0 and self.robust is None:
+            delta_mean = DeltaMean(self.cloud.deltas, self.state, self.model.layers.values())
+            updates = delta_mean.observing(
+                updates, {r.device: r.mixture for r in self.phase.requests if r.mixture is not None}
+            )
         first = list(islice(updates, 1))
         merged = self.merge(_chained(first, updates)) if first else dict(self.state)
         received = training.done()
@@ -451,7 +483,10 @@ class ECLM(FedAvg):
             return None, self.phase.metrics()
         self.phase.used = usable
         self.usual = [*self.usual, *training.merged][-_REMEMBERED:]
-        self._merged = self.cloud.with_body(merged, server_round)
+        deltas = {}
+        if delta_mean is not None:
+            deltas = delta_mean.stepped(merged, step=self.delta_step)
+        self._merged = self.cloud.after(server_round, merged, deltas)
         self.phase.count_modules(self._merged, server_round)
         contents = list(received.contents.values())
         metrics = MetricRecord()
@@ -459,6 +494,12 @@ class ECLM(FedAvg):
             metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
         metrics.update(self.phase.metrics())
         return self._merged.arrays, metrics
+
+    def _difference(self, request: Request) -> dict[str, Tensor]:
+        """Say what a device's sub-model differed by from the shared one."""
+        if request.mixture is None or self.cloud.deltas is None:
+            return {}
+        return self.cloud.deltas.difference(request.selection, request.mixture)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from eclm_flower.errors import ModularizationError
 from eclm_flower.modular.cost_measurement import measure_costs
 from eclm_flower.modular.costs import CostTable
+from eclm_flower.modular.deltas import DeltaModules
 from eclm_flower.modular.families import registered
 from eclm_flower.modular.gating import gated
 from eclm_flower.modular.module_layers import find_module_layers
 from eclm_flower.modular.selection import Selection, checked, numbers, whole
-from eclm_flower.modular.selector import ModuleSelector, build_selector, top_k_gates
+from eclm_flower.modular.selector import DELTAS, ModuleSelector, build_selector, top_k_gates
 from eclm_flower.modular.shape_driven import make_shape_driven, match_sizes
 from eclm_flower.modular.split import ModuleLayer
 
@@ -27,8 +28,9 @@ Gating = Literal["uniform", "selector"]
 class ModularModel(nn.Module):
     """A model whose blocks are cut into modules, with a selector that scores them.
 
-    Its state is the state of the user's own model under ``body.`` and the selector's under
-    ``selector.``: nothing is renamed or reshaped. Build it with `modularize`.
+    Its state is the state of the user's own model under ``body.``, the selector's under
+    ``selector.``, and that of delta modules, if it has any, under ``deltas.``: nothing is renamed
+    or reshaped. Build it with `modularize`.
 
     Attributes
     ----------
@@ -36,6 +38,10 @@ class ModularModel(nn.Module):
         The user's model. In a sub-model, its blocks are as narrow as the modules held.
     selector : ModuleSelector
         Scores all N modules of every layer, whatever the model holds.
+    sub_tasks : int
+        Number of sub-tasks S that the selector tells apart for delta modules; 0: it does not.
+    deltas : DeltaModules or None
+        Differences of the sub-tasks, in a cloud model that has some; see `add_deltas`.
     layers : dict[str, ModuleLayer]
         The module layers of the WHOLE cloud model, by name.
     selection : dict[str, tuple[int, ...]]
@@ -67,6 +73,8 @@ class ModularModel(nn.Module):
         self.training = body.training
         self.body = body
         self.selector = selector
+        self.sub_tasks = selector.sizes.get(DELTAS, 0)
+        self.deltas: DeltaModules | None = None
         self.layers = {layer.name: layer for layer in layers}
         self.selection = checked(
             selection or whole(self.layers.values()), numbers(self.layers.values())
@@ -76,6 +84,22 @@ class ModularModel(nn.Module):
         self.batch_size = batch_size
         self.example_input = example_input
         self._costs: CostTable | None = None
+
+    def add_deltas(self) -> DeltaModules:
+        """Give a cloud model delta modules, zero at first, in place of any it has.
+
+        Raises
+        ------
+        ModularizationError
+            It was not modularised with sub-tasks.
+        """
+        if self.sub_tasks == 0:
+            raise ModularizationError(
+                "Expected a model of some sub-tasks for delta modules: modularize(..., "
+                "sub_tasks=S), with the same S in the cloud and on devices."
+            )
+        self.deltas = DeltaModules(self.body, self.layers.values(), self.sub_tasks)
+        return self.deltas
 
     @property
     def costs(self) -> CostTable:
@@ -135,7 +159,7 @@ class ModularModel(nn.Module):
         Returns
         -------
         dict[str, np.ndarray]
-            Layer name -> float64 ``[N]``, sums to 1.
+            Layer name -> float64 ``[N]``, sums to 1; the delta modules' under `DELTAS`.
         """
         total: dict[str, Tensor] = {}
         samples = 0
@@ -244,6 +268,7 @@ def modularize(
     example_input: Tensor,
     keep_whole: bool = False,
     selector_share: float = 0.02,
+    sub_tasks: int = 0,
     gating: Gating = "uniform",
     top_k: int | None = None,
     batch_size: int = 16,
@@ -266,6 +291,10 @@ def modularize(
         as part of what every device holds, instead of refusing the model.
     selector_share : float (default: 0.02)
         Most bytes the selector may take, as a share of the model's.
+    sub_tasks : int (default: 0)
+        Number of sub-tasks S that may get delta modules (`eclm_flower.modular.deltas`); the
+        selector then tells them apart, too. The same S in the cloud and on devices; 0: none.
+        Not in the paper.
     gating : {"uniform", "selector"}, default "uniform"
         How a sub-model weighs the modules it holds; see `ModularModel`. The paper's is "selector";
         in our trials the gates of a small selector cost a good model more than they gave.
@@ -291,6 +320,10 @@ def modularize(
         raise ModularizationError(
             f"Expected top_k from 1 to modules_per_layer = {modules_per_layer}, got {top_k}."
         )
+    if sub_tasks < 0 or (sub_tasks and gating == "selector"):
+        raise ModularizationError(
+            f"Expected sub_tasks of at least 0, and 0 with gating 'selector', got {sub_tasks}."
+        )
     layers = list(find_module_layers(model, modules_per_layer, keep_whole=keep_whole))
     if not layers:
         raise ModularizationError(
@@ -300,7 +333,13 @@ def modularize(
         )
     make_shape_driven(model)
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    selector = build_selector(example_input, layers, model_bytes=model_bytes, share=selector_share)
+    selector = build_selector(
+        example_input,
+        layers,
+        model_bytes=model_bytes,
+        share=selector_share,
+        sub_tasks=sub_tasks,
+    )
     return ModularModel(
         model,
         selector.to(example_input.device),

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from eclm_flower.modular.split import ModuleLayer
 
+DELTAS = "delta modules"
+"""The selector's gates of delta modules, under this name among those of module layers."""
+
 _WIDTHS = (64, 48, 32, 24, 16, 12, 8, 6, 4)
 
 
@@ -31,11 +34,26 @@ class ModuleSelector(nn.Module):
         The layers to gate.
     width : int
         Size of the embedding h.
+    sub_tasks : int (default: 0)
+        Number of sub-tasks that have delta modules: gates of their own, under `DELTAS`.
+
+    Attributes
+    ----------
+    sizes : dict[str, int]
+        Layer name -> number of modules N it has gates for; `DELTAS` among them if there are any.
     """
 
-    def __init__(self, example_input: Tensor, layers: Sequence[ModuleLayer], width: int) -> None:
+    def __init__(
+        self,
+        example_input: Tensor,
+        layers: Sequence[ModuleLayer],
+        width: int,
+        sub_tasks: int = 0,
+    ) -> None:
         super().__init__()
         self.sizes = {layer.name: layer.modules for layer in layers}
+        if sub_tasks:
+            self.sizes[DELTAS] = sub_tasks
         self.embed: nn.Module
         if example_input.ndim == 4:
             first = max(2, width // 4)
@@ -74,9 +92,34 @@ class ModuleSelector(nn.Module):
         logits = self.heads(self.embed(x)).split(list(self.sizes.values()), dim=1)
         return dict(zip(self.sizes, logits, strict=True))
 
+    @torch.no_grad()
+    def prefer_in_order(self, layer: str, *, by: float) -> None:
+        """Gate a layer's modules alike for every input: each module less than the one before.
+
+        Every device then wants the first modules, as many as it can pay for: nested sub-models.
+
+        Parameters
+        ----------
+        layer : str
+            Its name.
+        by : float
+            The gate of module i is proportional to ``exp(-by * i)``.
+        """
+        end = 0
+        for name, size in self.sizes.items():
+            start, end = end, end + size
+            if name == layer:
+                self.heads.weight[start:end] = 0
+                self.heads.bias[start:end] = -by * torch.arange(size).to(self.heads.bias)
+
 
 def build_selector(
-    example_input: Tensor, layers: Sequence[ModuleLayer], *, model_bytes: int, share: float
+    example_input: Tensor,
+    layers: Sequence[ModuleLayer],
+    *,
+    model_bytes: int,
+    share: float,
+    sub_tasks: int = 0,
 ) -> ModuleSelector:
     """Build the widest selector whose parameters take at most `share` of `model_bytes`.
 
@@ -84,7 +127,7 @@ def build_selector(
     with a warning that says what it takes.
     """
     for width in _WIDTHS:
-        selector = ModuleSelector(example_input, layers, width)
+        selector = ModuleSelector(example_input, layers, width, sub_tasks)
         size = sum(p.numel() * p.element_size() for p in selector.parameters())
         if size <= share * model_bytes:
             return selector

@@ -19,8 +19,10 @@ from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.modes import evaluating
 from eclm_flower.modular.selection import Selection
+from eclm_flower.modular.selector import DELTAS
 from eclm_flower.prototyping.assignment import assign, gate_targets
 from eclm_flower.prototyping.config import PrototypingConfig
+from eclm_flower.prototyping.delta_scale import choose_scale
 from eclm_flower.prototyping.grouping import order_units, unit_responses
 from eclm_flower.prototyping.proxy import Augment, ProxyData, device_of
 from eclm_flower.prototyping.stages import (
@@ -49,12 +51,17 @@ class PrototypingReport:
     accuracy : dict[str, float]
         Stage -> accuracy of the whole model on the validation data after it (if any was given).
     assignment : dict[str, np.ndarray]
-        Layer name -> bool ``[T, N]``: which modules serve which sub-tasks.
+        Layer name -> bool ``[T, N]``: which modules serve which sub-tasks; of layers whose modules
+        are chosen.
+    delta_scales : dict[float, float]
+        Scale of the delta modules -> accuracy of sub-models as deployed, on held-out proxy data;
+        the best was taken. Empty without delta modules.
     """
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     assignment: dict[str, np.ndarray] = field(default_factory=dict)
+    delta_scales: dict[float, float] = field(default_factory=dict)
 
 
 def prototype(
@@ -178,11 +185,15 @@ def _as_deployed(
     targets = {}
     for name, responses in unit_responses(model, _inputs(proxy), proxy.num_sub_tasks).items():
         layer = model.layers[name]
-        core = min(config.core_modules, layer.modules)
+        core = layer.modules if config.core_modules is None else config.core_modules
+        core = min(core, layer.modules)
         order = order_units(
             responses, modules=layer.modules, core=core, rng=rng, grouping=config.grouping
         )
         model.regroup(name, order)
+        if core == layer.modules:
+            model.selector.prefer_in_order(name, by=config.order_decay)
+            continue
         # A module's load on a sub-task: what its units contribute there, beyond what all do.
         load = responses[:, order.numpy()].reshape(len(responses), layer.modules, -1).sum(axis=2)
         load = load / np.maximum(load.mean(axis=0, keepdims=True), 1e-12)
@@ -196,17 +207,33 @@ def _as_deployed(
                 smoothing=config.smoothing,
             )
         )
-    run(
-        "selector",
-        train_selector(model, proxy, targets, config, generator),
-        config.selector_epochs,
-    )
-    choose = by_importance(mean_gates(model.selector, proxy), model.costs)
+    held_out = None
+    if model.sub_tasks and config.delta_rate > 0 and config.enhancing_epochs > 0:
+        if proxy.num_sub_tasks != model.sub_tasks:
+            raise PrototypingError(
+                f"Expected proxy data of the {model.sub_tasks} sub-tasks the model was modularised "
+                f"with, got {proxy.num_sub_tasks}."
+            )
+        targets[DELTAS] = torch.eye(model.sub_tasks)
+        model.add_deltas()
+        proxy, held_out = proxy.split(config.held_out)
+    if targets:
+        run(
+            "selector",
+            train_selector(model, proxy, targets, config, generator),
+            config.selector_epochs,
+        )
+    gates = mean_gates(model.selector, proxy)
+    if model.deltas is not None:
+        model.deltas.gates.copy_(torch.from_numpy(gates[DELTAS]))
+    choose = by_importance(gates, model.costs)
     run(
         "sub-models as deployed",
         train_as_deployed(model, proxy, choose, config, generator),
         config.enhancing_epochs,
     )
+    if held_out is not None:
+        report.delta_scales = choose_scale(model, held_out, choose, config)
 
 
 def _as_given(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from eclm_flower.errors import PrototypingError
 
@@ -56,22 +56,49 @@ class ProxyData:
                 f"{sorted(set(self.sub_tasks.tolist()))[:20]}."
             )
         self.num_sub_tasks = len(counts)
-        self._kept: tuple[Tensor, Tensor] | None = None
         if device is not None and device.type != "cpu":
             (x, y, _), *_ = self.batches([range(samples)])
-            self._kept = x.to(device), y.to(device)
+            self.data = TensorDataset(x.to(device), y.to(device))
         self._rows = [np.flatnonzero(self.sub_tasks == task) for task in range(len(counts))]
 
     def __len__(self) -> int:
         return len(self.sub_tasks)
 
+    def split(self, share: float) -> tuple[ProxyData, ProxyData]:
+        """Part with a share of the samples: the last ones of each sub-task, one at least.
+
+        Returns
+        -------
+        tuple[ProxyData, ProxyData]
+            The first ones, in their order, and the last ones, which are never augmented.
+
+        Raises
+        ------
+        PrototypingError
+            A sub-task has a single sample.
+        """
+        if min(map(len, self._rows)) < 2:
+            raise PrototypingError(
+                "Expected at least 2 samples of each sub-task, one of them to be held out."
+            )
+        kept_back = np.zeros(len(self), dtype=bool)
+        for rows in self._rows:
+            kept_back[rows[-min(len(rows) - 1, max(1, round(share * len(rows)))) :]] = True
+        parts = []
+        for own, augment in ((~kept_back, self.augment), (kept_back, None)):
+            rows = np.flatnonzero(own)
+            data: Dataset[Any] = Subset(self.data, rows.tolist())
+            if isinstance(self.data, TensorDataset):
+                data = TensorDataset(*self.data[rows])
+            parts.append(ProxyData(data, self.sub_tasks[rows], augment))
+        return parts[0], parts[1]
+
     def batches(self, row_batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
         """Yield the samples of each list of rows as ``(x, y, sub_task)``, sub-tasks on the CPU."""
-        if self._kept is not None:
-            x, y = self._kept
+        if isinstance(self.data, TensorDataset):  # no need to collect it sample by sample
             for rows in row_batches:
-                chosen = torch.tensor(list(rows), device=x.device)
-                yield x[chosen], y[chosen], self.sub_tasks[list(rows)]
+                x, y, *_ = self.data[list(rows)]
+                yield x, y, self.sub_tasks[list(rows)]
             return
         loader: DataLoader[Any] = DataLoader(
             self.data, batch_sampler=[list(rows) for rows in row_batches]

@@ -20,11 +20,11 @@ from torch.func import functional_call
 from eclm_flower.adaptation.derivation import derive
 from eclm_flower.adaptation.profile import Budget
 from eclm_flower.modular.costs import CostTable
+from eclm_flower.modular.deltas import equal_mixture
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.selector import top_k_gates
 from eclm_flower.prototyping.config import PrototypingConfig
-from eclm_flower.prototyping.deltas import DeltaModules, equal_mixture
 from eclm_flower.prototyping.gating_noise import balance_loss, noisy
 from eclm_flower.prototyping.proxy import ProxyData
 
@@ -142,11 +142,14 @@ def enhance_abilities(
 def train_selector(
     model: ModularModel,
     data: ProxyData,
-    targets: dict[str, Tensor],
+    targets: Mapping[str, Tensor],
     config: PrototypingConfig,
     generator: torch.Generator,
 ) -> Stage:
-    """Teach the selector alone which modules each sub-task should use: KL(P || g)."""
+    """Teach the selector alone which modules each sub-task should use: KL(P || g).
+
+    Layers without targets stay as they are.
+    """
     optimizer = torch.optim.Adam(model.selector.parameters(), lr=config.selector_learning_rate)
     for _ in range(config.selector_epochs):
         losses = []
@@ -160,16 +163,16 @@ def train_selector(
 
 
 def _distance_to_targets(
-    logits: dict[str, Tensor], targets: dict[str, Tensor], tasks: Tensor
+    logits: Mapping[str, Tensor], targets: Mapping[str, Tensor], tasks: Tensor
 ) -> Tensor:
     """Mean over layers and samples of KL(P[sub-task] || g); KL(g || P) is infinite where P = 0."""
     distances = [
         F.kl_div(
-            F.log_softmax(layer_logits, dim=1),
-            targets[name][tasks].to(layer_logits),
+            F.log_softmax(logits[name], dim=1),
+            target[tasks].to(logits[name]),
             reduction="batchmean",
         )
-        for name, layer_logits in logits.items()
+        for name, target in targets.items()
     ]
     return torch.stack(distances).mean()
 
@@ -199,8 +202,6 @@ def train_as_deployed(
     choose: Choice,
     config: PrototypingConfig,
     generator: torch.Generator,
-    *,
-    deltas: DeltaModules | None = None,
 ) -> Stage:
     """Train sub-models the way devices will hold them (not in the paper).
 
@@ -209,14 +210,15 @@ def train_as_deployed(
     model as it was before; the whole model trains on samples of all sub-tasks beside them. Batch
     norm statistics are frozen, as on devices.
 
+    Delta modules, if the model has some, train on the same batches, merged into the sub-models. The
+    model trains as it does without them, to the last bit, so that to multiply them by 0 is no loss.
+
     Parameters
     ----------
     choose : callable
         What the online stage will send to whom.
-    deltas : DeltaModules, optional
-        Differences to train on the same batches, merged into the sub-models. The model trains as it
-        does without them, to the last bit, so that a scale of 0 is no loss.
     """
+    deltas = model.deltas
     rng = np.random.default_rng(config.seed)
     whole_logits = _logits(model, data, config) if config.distillation else None
 

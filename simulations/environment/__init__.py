@@ -2,5 +2,6 @@
 
 from simulations.environment.environment import DeviceData, Environment
 from simulations.environment.feature_shift import FeatureShift
+from simulations.environment.kept_back import for_validation
 
-__all__ = ["DeviceData", "Environment", "FeatureShift"]
+__all__ = ["DeviceData", "Environment", "FeatureShift", "for_validation"]

@@ -114,7 +114,7 @@ def natural(labels: Labels, *, devices: int, seed: int, proxy_share: float) -> D
     tail = OWN_TEST_SHARE if labels.own_test else 0
     split = [
         [in_order(group, proxy_share, tail) for group in groups]
-        for groups in _groups(labels, labels.owner, chosen)
+        for groups in groups_of(labels, labels.owner, chosen)
     ]
     proxy, shares, tests = ([join([g[i] for g in groups]) for groups in split] for i in range(3))
     if not labels.own_test:
@@ -150,7 +150,7 @@ def drawn(
     rows, test = np.arange(len(labels.train)), np.arange(len(labels.test))
     if labels.own_test:  # keep back each person's last rows, as in the natural way
         assert labels.owner is not None
-        people = _groups(labels, labels.owner, np.unique(labels.owner))
+        people = groups_of(labels, labels.owner, np.unique(labels.owner))
         split = [in_order(group, 0, OWN_TEST_SHARE) for groups in people for group in groups]
         rows, test = (join([parts[i] for parts in split]) for i in (1, 2))
     rows = generator(seed, "proxy").permutation(rows)
@@ -205,7 +205,7 @@ def _partitioner(devices: int, seed: int, m: int | None, alpha: float | None) ->
     return IidPartitioner(devices)
 
 
-def _groups(labels: Labels, owner: Rows, people: Rows) -> list[list[Rows]]:
+def groups_of(labels: Labels, owner: Rows, people: Rows) -> list[list[Rows]]:
     """Rows of the training data of each person, class by class, in their original order."""
     key = owner * labels.num_classes + labels.train
     order = np.argsort(key, kind="stable")

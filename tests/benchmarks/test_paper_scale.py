@@ -34,15 +34,14 @@ def test_all_of_the_papers_strategies_are_run_once():
         assert read_preset(case)["devices"] == 500
 
 
+@pytest.mark.timeout(600)
 def test_strategies_start_from_one_whole_model_and_leave_rows(monkeypatch, tmp_path):
     mine = works(monkeypatch, tmp_path, ("no-adaptation",), ("eclm",))
-    table = run_all(mine, tmp_path, seconds=200)
+    table = run_all(mine, tmp_path, seconds=550)
     assert list(table["strategy"]) == ["no-adaptation", "eclm"]
     assert list(table["paper"]) == [73.55, 90.86]
-    dense = [work.settings.out_dir / "offline" / "dense-0.safetensors" for work in mine]
-    assert dense[0].read_bytes() == dense[1].read_bytes()
-    log = mine[1].log.read_text()
-    assert "training the whole model" not in log
+    logs = "".join(work.log.read_text() for work in mine)
+    assert logs.count("training the whole model") == 1
     rows = pd.read_csv(tmp_path / "rows.csv")
     assert rows.groupby("strategy").size().to_dict() == {"eclm": 3, "no-adaptation": 3}
     assert pd.read_csv(tmp_path / "table.csv")["bytes_down"].iloc[1] > 0
@@ -54,10 +53,11 @@ def test_strategies_start_from_one_whole_model_and_leave_rows(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("seconds", [200, 4])
 def test_what_fails_or_takes_too_long_is_dropped(monkeypatch, tmp_path, seconds):
-    """Either the whole model of one case is never trained, or there is no time for anything."""
+    """Either there is no data, or no time for anything."""
     mine = works(monkeypatch, tmp_path, ("no-adaptation",), ("eclm",))
     if seconds == 200:
-        mine[0].settings = paper_scale.replace(mine[0].settings, dataset="cifar10", data_dir="/no")
+        for work in mine:
+            work.settings = paper_scale.replace(work.settings, dataset="cifar10", data_dir="/no")
     assert not len(run_all(mine, tmp_path, seconds=seconds))
     assert not any(work.running for work in mine)
     assert not (tmp_path / "table.csv").exists()

@@ -19,7 +19,8 @@ CLASSES = 3
 
 
 def training(**options):
-    return SimpleNamespace(**{"learning_rate": 0.05, "batch_size": 4, "local_epochs": 2, **options})
+    usual = {"learning_rate": 0.05, "batch_size": 4, "local_epochs": 2, "masked_loss": False}
+    return SimpleNamespace(**{**usual, **options})
 
 
 def mlp():

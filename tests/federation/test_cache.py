@@ -82,7 +82,7 @@ def test_what_is_put_together_is_what_the_cloud_has(model, data, tmp_path_factor
             for key in layer.axes:
                 state[key] = state[key].clone()
                 layer.packed(key, state[key])[sorted(changed)] += 1
-        cloud = cloud.with_body(state, server_round=number + 1)
+        cloud = cloud.after(number + 1, state)
 
 
 def test_only_what_changed_travels_again(tmp_path):
@@ -103,7 +103,7 @@ def test_only_what_changed_travels_again(tmp_path):
     assert not cloud.pack({"0": (1,)}, cache.digests(model.costs.modules))[0]
 
     state = {**cloud.state, "4.bias": cloud.state["4.bias"] + 1}
-    shared, config = cloud.with_body(state, 1).pack(half, cache.digests(model.costs.modules))
+    shared, config = cloud.after(1, state).pack(half, cache.digests(model.costs.modules))
     assert set(shared) == {"shared.float32"}
 
 

@@ -27,7 +27,7 @@ from eclm_flower.prototyping.stages import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:The narrowest selector")
 MODULES = 16
-FEW_EPOCHS = {"epochs": 8, "selector_epochs": 6, "enhancing_epochs": 4}
+FEW_EPOCHS = {"epochs": 8, "selector_epochs": 6, "enhancing_epochs": 4, "core_modules": 2}
 
 
 class Digits:
@@ -247,7 +247,7 @@ def test_training_that_diverges_is_an_error():
 
 
 def test_progress_is_shown(capsys):
-    config = PrototypingConfig(epochs=1, selector_epochs=1, enhancing_epochs=1)
+    config = PrototypingConfig(epochs=1, selector_epochs=1, enhancing_epochs=1, core_modules=2)
     data = rows(Digits.held_out)
     prototype(build(), data, sub_tasks=data.tensors[1], config=config, validation=data)
     shown = capsys.readouterr().out

@@ -354,3 +354,28 @@ def test_speech_has_speakers_and_the_official_test_rows():
     assert x.mean().abs() < 0.01
     assert 0.99 < x.std() < 1.01
     assert not data.images
+
+
+def test_images_at_a_lower_resolution_are_means_of_their_pixels(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", x=images, y=np.arange(12) % 2)
+    whole = load_data(str(tmp_path / "own.npz"))
+    half = load_data(str(tmp_path / "own.npz"), resolution=4)
+    assert half.input_shape == (3, 4, 4)
+    (x, y), (small, same) = whole.tensors(whole.train), half.tensors(half.train)
+    assert small.shape[1:] == (3, 4, 4)
+    assert torch.equal(y, same)
+    torch.testing.assert_close(small[:, :, 0, 1], x[:, :, :2, 2:4].mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("resolution", [3, 16])
+def test_a_resolution_that_does_not_divide_is_refused(tmp_path, resolution):
+    np.savez(tmp_path / "own.npz", x=np.zeros((4, 8, 8, 3), np.uint8), y=np.arange(4) % 2)
+    with pytest.raises(DataError, match=f"divides the sides of images, got {resolution}"):
+        load_data(str(tmp_path / "own.npz"), resolution=resolution)
+
+
+def test_vectors_have_no_resolution(tmp_path):
+    np.savez(tmp_path / "own.npz", x=np.zeros((4, 8), np.float32), y=np.arange(4) % 2)
+    with pytest.raises(DataError, match="sides of images"):
+        load_data(str(tmp_path / "own.npz"), resolution=4)

@@ -47,9 +47,10 @@ def test_a_model_is_made_once_and_read_back_bit_for_bit(tmp_path: Path, monkeypa
 
 
 def test_an_unfinished_file_is_not_taken_for_a_model(tmp_path: Path):
-    tmp_path.mkdir(exist_ok=True)
-    (tmp_path / "dense-0.unfinished").write_bytes(b"half a model")
-    assert stage(tmp_path).model("whole")
+    made = stage(tmp_path)
+    unfinished = made._path("dense").with_suffix(".1.unfinished")
+    unfinished.write_bytes(b"half a model")
+    assert made.model("whole")
 
 
 @pytest.mark.parametrize(

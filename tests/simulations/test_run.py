@@ -185,6 +185,33 @@ def test_other_settings_are_not_resumed(tmp_path):
     assert (tmp_path / "results.csv").read_bytes() == kept
 
 
+def test_other_rates_are_not_resumed_and_unknown_strategies_have_none(tmp_path):
+    rates = tmp_path / "rates.toml"
+    rates.write_text("fedavg = 0.01")
+    options = {"rounds": 1, "strategies": "fedavg", "rates": str(rates)}
+    slow = run_tiny(tmp_path / "out", **options)
+    assert run_tiny(tmp_path / "out", resume=True, **options) == slow
+    rates.write_text("fedavg = 0.5")
+    with pytest.raises(SettingsError, match=r"--rates was \[\['fedavg', 0.01\]\], got"):
+        run_tiny(tmp_path / "out", resume=True, **options)
+    fast = run_tiny(tmp_path / "out", **options)
+    assert column(fast, "accuracy_after") != column(slow, "accuracy_after")
+    rates.write_text("fedprox = 0.5")
+    with pytest.raises(SettingsError, match=r"--rates of eclm, .*, got one of 'fedprox'"):
+        run_tiny(tmp_path / "out", **options)
+
+
+def test_masked_loss_and_guard_change_what_devices_do(tmp_path):
+    fast = {"rounds": 1, "strategies": "fedavg", "learning_rate": 0.05}
+    plain = run_tiny(tmp_path, **fast)
+    masked = run_tiny(tmp_path, **fast, masked_loss=True)
+    guarded = run_tiny(tmp_path, **fast, guard=True)
+    for rows in (masked, guarded):
+        assert column(rows, "accuracy_after") != column(plain, "accuracy_after")
+    assert column(guarded, "accuracy_before") == column(plain, "accuracy_before")
+    assert column(masked, "accuracy_before") != column(plain, "accuracy_before")
+
+
 def test_a_finished_run_can_be_given_more_to_do(tmp_path):
     alone = run_tiny(tmp_path / "both", rounds=0, strategies="eclm,fedavg")
     run_tiny(tmp_path / "more", rounds=0, strategies="fedavg")
@@ -195,7 +222,8 @@ def test_without_resume_nothing_old_is_left(tmp_path):
     run_tiny(tmp_path, rounds=0, strategies="fedavg", seeds="0,1")
     rows = run_tiny(tmp_path, rounds=0, strategies="fedavg", seeds="0")
     assert {row["seed"] for row in rows} == {"0"}
-    assert not list((tmp_path / "offline").glob("*-1.*"))
+    assert list((tmp_path / "offline").glob("*-0-*"))
+    assert not list((tmp_path / "offline").glob("*-1-*"))
 
 
 # Data and options

@@ -1,8 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from simulations.settings import Settings, SettingsError
+from simulations.strategy_run import run_config
 
 
 def test_settings_survive_the_way_to_a_device():
@@ -14,6 +16,10 @@ def test_settings_survive_the_way_to_a_device():
         feature_shift="new",
         views=("noise", "blur"),
         module_cache=True,
+        rates=(("eclm", 0.1), ("fedavg", 0.2)),
+        judged_on="validation",
+        guard=True,
+        masked_loss=True,
     )
     assert Settings.from_json(settings.to_json()) == settings
 
@@ -28,6 +34,36 @@ def test_classes_per_device_give_way_to_other_ways_of_dividing():
     assert Settings.suited(alpha=0.5, classes_per_device=-1).classes_per_device == 0
     assert Settings.suited(feature_shift="known", classes_per_device=-1).classes_per_device == 0
     assert Settings.suited(feature_shift="known", classes_per_device=2).classes_per_device == 2
+
+
+def test_a_strategy_is_told_its_own_rate_and_no_other(tmp_path: Path):
+    (tmp_path / "rates.toml").write_text("fedavg = 0.5\neclm = 1\n")
+    settings = Settings.suited(rates=str(tmp_path / "rates.toml"), learning_rate=0.1)
+    assert settings.rates == (("eclm", 1.0), ("fedavg", 0.5))
+    rates = [settings.with_rate_of(name).learning_rate for name in ("fedavg", "eclm", "nested")]
+    assert rates == [0.5, 1.0, 0.1]
+    for name, rate in (("fedavg", 0.5), ("nested", 0.1)):
+        config = run_config(settings, 0, name)
+        told = json.loads(str(config["settings"]))
+        assert told["learning_rate"] == rate
+        assert "rates" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("eclm = 'fast'", "learning rate for eclm in .*, got 'fast'"),
+        ("eclm = true", "got True"),
+        ("eclm = -1", "--rates > 0, below 10, for eclm, got -1"),
+        ("eclm 1", "Can't read --rates"),
+        (None, "Can't read --rates"),
+    ],
+)
+def test_bad_rates_are_refused(tmp_path: Path, text: str | None, said: str):
+    if text is not None:
+        (tmp_path / "rates.toml").write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        Settings.suited(rates=str(tmp_path / "rates.toml"))
 
 
 def test_data_shifts_every_so_many_steps():
@@ -81,6 +117,7 @@ def test_paths_become_absolute_for_devices_that_run_elsewhere():
         ({"alpha": 0.5, "classes_per_device": 2}, "two ways to divide the data, got both"),
         ({"alpha": float("nan")}, "--alpha of at least 0"),
         ({"feature_shift": "old"}, "--feature-shift from none, known, new"),
+        ({"judged_on": "train"}, "--judged-on from test, validation"),
         ({"strength": 6}, "--strength of 1 to 5"),
         ({"views": "noise"}, "--feature-shift known or new with --views"),
     ],

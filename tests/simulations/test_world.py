@@ -88,14 +88,16 @@ def test_any_seed_will_do(tmp_path):
     assert first == again != other
 
 
-def test_photographs_are_shifted_by_at_most_four_and_flipped_whole():
-    x = torch.zeros(200, 3, 16, 16)
+@pytest.mark.parametrize(("side", "most"), [(16, 2), (32, 4)])
+def test_photographs_are_shifted_by_at_most_an_eighth_and_flipped_whole(side, most):
+    x = torch.zeros(400, 3, side, side)
     x[:, :, 8, 5] = torch.tensor([1.0, 2.0, 3.0])
     y = flip_and_crop(x, torch.Generator().manual_seed(0))
     assert y.shape == x.shape
     spots = (y[:, 2] == 3).nonzero()
-    assert len(spots) == 200  # none is lost, none is doubled
+    assert len(spots) == 400  # none is lost, none is doubled
     assert torch.equal((y[:, 0] == 1).nonzero(), spots)  # channels move together
     columns = set(spots[:, 2].tolist())
-    assert columns == set(range(1, 10)) | set(range(6, 15))
-    assert set(spots[:, 1].tolist()) == set(range(4, 13))
+    shifts = range(-most, most + 1)
+    assert columns == {5 + shift for shift in shifts} | {side - 6 + shift for shift in shifts}
+    assert set(spots[:, 1].tolist()) == {8 + shift for shift in shifts}

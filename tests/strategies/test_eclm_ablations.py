@@ -11,6 +11,13 @@ def test_uniform_merging_weighs_by_examples_alone():
     assert (strategy.weighting, strategy.uses_importance) == ("examples", True)
     whole, _ = run(METHODS["eclm"], rounds=1)
     assert strategy.selections == whole.selections
+    assert METHODS["eclm-uniform-merge"].offline == METHODS["eclm-chosen"].offline
+
+
+def test_fixed_deltas_stay():
+    strategy, _ = run(METHODS["eclm-fixed-deltas"], rounds=1)
+    assert strategy.delta_step == 0 < run(METHODS["eclm"], rounds=1)[0].delta_step
+    assert METHODS["eclm-fixed-deltas"].offline == METHODS["eclm"].offline
 
 
 def test_without_importance_devices_of_equal_budgets_get_equal_modules():

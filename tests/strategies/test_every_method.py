@@ -26,7 +26,7 @@ FEDERATED = [name for name, method in METHODS.items() if method.federated]
 WITHIN_BUDGETS = [
     name for name in METHODS if name not in ("fedavg", "no-adaptation", "local-adaptation")
 ]
-BY_IMPORTANCE = ("eclm", "eclm-no-enhancing", "eclm-uniform-merge", "eclm-half", "eclm-8-bit")
+BY_IMPORTANCE = [n for n in METHODS if n.startswith("eclm") and n != "eclm-no-importance"]
 
 
 def arrays_of(record):

@@ -32,7 +32,9 @@ def trained():
     body = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
     )
-    model = modularize(body, modules_per_layer=MODULES, example_input=X[:1], selector_share=0.3)
+    model = modularize(
+        body, modules_per_layer=MODULES, example_input=X[:1], selector_share=0.3, sub_tasks=10
+    )
     config = PrototypingConfig(epochs=8, selector_epochs=0, enhancing_epochs=0)
     prototype(model, PROXY, sub_tasks=PROXY.tensors[1], config=config, progress=False)
     return model
@@ -90,8 +92,8 @@ def test_sub_models_are_best_where_they_were_trained_as_deployed(prepared, offli
         "nested": 0,
         "windows": 0,
         "branches": 0,
-        "split": 0.1,
-        "whole": 0.1,
+        "split": 0.02,
+        "whole": 0.02,
     }.items():
         if other != offline:
             assert own > quarter(prepared[other], choose) + margin, other
@@ -113,10 +115,19 @@ def test_the_whole_model_stays_good_in_every_kind(prepared, trained):
         assert accuracy(model.body, TEST) > before - 0.03, offline
 
 
-def test_only_kinds_that_choose_by_importance_have_a_selector_that_learned(prepared):
+def test_only_kinds_that_tell_sub_tasks_apart_have_a_selector_that_learned(prepared):
     for offline, model in prepared.items():
         learned = bool(model.selector.heads.weight.any())
-        assert learned is (offline in ("modules", "split")), offline
+        assert learned is (offline in ("modules", "chosen")), offline
+        assert (model.deltas is not None) is (offline == "modules"), offline
+
+
+def test_eclm_prefers_the_first_modules_for_everyone_unless_they_are_chosen(prepared):
+    for offline in ("modules", "no-deltas", "split", "chosen"):
+        gates = [prepared[offline].importance([X[y == Y]])["0"] for y in (0, 1)]
+        in_order = all((np.diff(of_class) < 0).all() for of_class in gates)
+        assert in_order is (offline != "chosen"), offline
+        assert np.allclose(*gates) is (offline != "chosen"), offline
 
 
 def test_whole_and_split_have_equal_whole_models(prepared):

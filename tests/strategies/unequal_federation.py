@@ -31,6 +31,7 @@ class Settings:
     learning_rate: float = 0.05
     batch_size: int = 16
     local_epochs: int = 1
+    masked_loss: bool = False
 
 
 def build_model() -> ModularModel:

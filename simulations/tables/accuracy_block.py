@@ -1,0 +1,115 @@
+"""How good each method of a row is, and by how much the method of the table is better."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from simulations.tables.blocks import Block, bold, number, percent, points
+from simulations.tables.rows import Rows
+from simulations.tables.statistics import difference, of_strategy, worst_tenth
+from strategies import METHODS
+
+
+def accuracy_block(title: str, rows: Rows, order: list[str], method: str) -> Block:
+    """Build the block of one row.
+
+    Parameters
+    ----------
+    title : str
+    rows : Rows
+    order : list of str
+        Strategies, as the row's definition names them; those without results are left out.
+    method : str
+        What the others are compared with.
+    """
+    there = [name for name in order if name in set(rows.ends["strategy"])]
+    shifts = bool(rows.ends["held"].notna().any())
+    best = {column: best_rival(rows.ends, there, method, column) for column in _JUDGED}
+    headings = ["strategy", "sent", "adapted", "masked", "worst tenth"]
+    headings += ["after shift"] if shifts else []
+    headings += ["MB", "s", "peak MB"]
+    if method in there:
+        headings += [f"`{method}` − it, adapted", "masked"]  # noqa: RUF001 - a minus
+    block = Block(title=title, headings=tuple(headings))
+    for name in there:
+        own = {c: of_strategy(rows.ends, name, c) for c in ("sent", *_JUDGED, "held", "memory")}
+        cells = [label(name), percent(own["sent"].mean())]
+        for column in _JUDGED:
+            cells.append(bold(percent(own[column].mean()), when=best[column] == name))
+        cells.append(percent(worst_tenth(own["adapted"])))
+        cells += [percent(own["held"].mean())] if shifts else []
+        cells.append(number(at_the_end(rows.course, name, "bytes"), scale=1e6))
+        cells.append(number(at_the_end(rows.course, name, "clock")))
+        cells.append(number(own["memory"].mean(), scale=1e6))
+        if method in there:
+            for column in _JUDGED:
+                above = difference(of_strategy(rows.ends, method, column), own[column])
+                cells.append(
+                    "" if name == method else bold(points(above), when=best[column] == name)
+                )
+        block.lines.append(cells)
+    block.notes.append(_sentence(rows.ends))
+    if method in there:
+        block.notes += _against_best(rows.ends, method, best, shifts)
+    return block
+
+
+_JUDGED = ("adapted", "masked")
+
+
+def label(name: str) -> str:
+    """Write a strategy's name; a dagger marks those that ignore budgets."""
+    return f"`{name}`" + ("" if within_budget(name) else " †")
+
+
+def within_budget(name: str) -> bool:
+    """Tell whether devices of a strategy train what fits their budgets."""
+    return METHODS[name].offline != "whole"
+
+
+def best_rival(ends: pd.DataFrame, there: list[str], method: str, column: str) -> str | None:
+    """Return the best strategy within budgets that is neither the method nor a variant of it."""
+    means = {
+        name: of_strategy(ends, name, column).mean()
+        for name in there
+        if name != method and not name.startswith(f"{method}-") and within_budget(name)
+    }
+    return max(means, key=lambda name: means[name]) if means else None
+
+
+def at_the_end(course: pd.DataFrame, name: str, column: str) -> float:
+    """Return what a strategy spent in all, mean over seeds."""
+    own = course[course["strategy"] == name]
+    return float(own.groupby("seed")[column].max().mean()) if len(own) else math.nan
+
+
+def _against_best(
+    ends: pd.DataFrame, method: str, best: dict[str, str | None], shifts: bool
+) -> list[str]:
+    sentences = []
+    for column, rival in best.items():
+        if rival is None:
+            continue
+        above = difference(of_strategy(ends, method, column), of_strategy(ends, rival, column))
+        text = f"Best rival within budgets, {column}: `{rival}`, {points(above)}"
+        if column == "adapted":
+            worst = [worst_tenth(of_strategy(ends, name, column)) for name in (method, rival)]
+            text += f"; worst tenth {(worst[0] - worst[1]) * 100:+.1f}"
+            if shifts:
+                held = (of_strategy(ends, name, "held") for name in (method, rival))
+                text += f"; right after a shift {points(difference(*held))}"
+        sentences.append(text + ".")
+    return [" ".join(sentences)]
+
+
+def _sentence(ends: pd.DataFrame) -> str:
+    by_strategy = ends.groupby("strategy")["seed"].agg(["nunique", "size"])
+    seeds, devices = by_strategy["nunique"].max(), by_strategy["size"].max()
+    text = f"{seeds} seeds, {devices} devices in all."
+    short = by_strategy[by_strategy["nunique"] < seeds]
+    if len(short):
+        names = ", ".join(f"`{name}` ({n})" for name, n in short["nunique"].items())
+        text += f" Fewer seeds so far: {names}."
+    return text
