@@ -78,7 +78,7 @@ def train_stacked(
                 "Expected a plain model without dropout, its batch norm frozen: others draw random "
                 "numbers, mix the samples of a batch, or hold more than their tensors say."
             )
-    plan = _Plan.drawn([len(of_device) for of_device in data], settings, generators)
+    plan = Plan.drawn([len(of_device) for of_device in data], settings, generators)
     x, y = (
         torch.cat([data[number].tensors[i] for number in plan.order]).to(device) for i in (0, 1)
     )
@@ -148,7 +148,7 @@ def _structure(model: nn.Module) -> Hashable:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Which samples every device trains on in every step.
 
     Attributes
@@ -160,6 +160,8 @@ class _Plan:
         Step -> devices that have a batch in it.
     rows : Tensor
         int64 ``[steps, k, B]``: samples of each batch; short batches are filled with any.
+    local_rows : Tensor
+        The same, counted from each device's own first sample.
     weights : Tensor
         float32 ``[steps, k, B]``: 1 / size of the batch for its samples, 0 for what fills it.
     sizes : Tensor
@@ -171,6 +173,7 @@ class _Plan:
     order: list[int]
     training: list[int]
     rows: Tensor
+    local_rows: Tensor
     weights: Tensor
     sizes: Tensor
     last_epoch: Tensor
@@ -190,23 +193,25 @@ class _Plan:
         order = sorted(range(len(samples)), key=lambda number: -len(batches[number][0]))
         steps = settings.local_epochs * len(batches[order[0]][0])
         rows = torch.zeros(steps, len(order), settings.batch_size, dtype=torch.long)
+        local_rows = torch.zeros_like(rows)
         sizes = torch.zeros(steps, len(order), dtype=torch.long)
         last_epoch = torch.zeros(steps, len(order), dtype=torch.bool)
         start = 0
         for place, number in enumerate(order):
-            rows[:, place] = start
             for step, batch in enumerate(chain.from_iterable(batches[number])):
-                rows[step, place, : len(batch)] += batch
+                local_rows[step, place, : len(batch)] = batch
                 sizes[step, place] = len(batch)
                 last_epoch[step, place] = step >= len(batches[number][0]) * (
                     settings.local_epochs - 1
                 )
+            rows[:, place] = start + local_rows[:, place]
             start += samples[number]
         filled = torch.arange(settings.batch_size) < sizes[:, :, None]
         return cls(
             order=order,
             training=(sizes > 0).sum(dim=1).tolist(),
             rows=rows,
+            local_rows=local_rows,
             weights=filled / sizes.clamp(min=1)[:, :, None],
             sizes=sizes,
             last_epoch=last_epoch,

@@ -1,15 +1,20 @@
-"""Devices that train at once, stacked, against the same devices one after the other.
+"""Devices that train at once against the same devices one after the other.
 
-Sub-models of equal shapes, 50 to 150 samples a device, 3 epochs of batches of 16 (one of ResNet18,
-which takes minutes on a CPU as it is)::
+Sub-models of equal shapes, 50 to 150 samples a device, batches of 16, 3 epochs (one of ResNet18 on
+a CPU, where it takes minutes as it is)::
 
     python -m benchmarks.stacked_training
-    python -m benchmarks.stacked_training --device cuda
+    python -m benchmarks.stacked_training --device cuda --models resnet18 --together 25
 
-Both ways start from the same weights and take the same steps (`benchmarks.stacked`); they are
-timed in turn, stacking included, and compared within a round. *Difference*: the largest of any
-parameter after the first round, against its largest step. Aim: 25 sub-models of ResNet18 at least
-5 times faster, on a GPU.
+- *stacked*: parameters of all devices in one tensor, a batched operation a layer
+  (`benchmarks.stacked`);
+- *captured* and *in turn* (on a GPU): every device's step captured as a CUDA graph and replayed
+  (`benchmarks.captured`), on a stream a device, or all on one.
+
+All start from the same weights and take the same steps; they are timed in turn, stacking, capturing
+and moving included, and compared within a round. *Difference*: the largest of any parameter after
+the first round, against its largest step. On a GPU convolutions use TF32 in all of them, as PyTorch
+does by default. Aim: 25 sub-models of ResNet18 at least 5 times faster, on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +34,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.captured import train_captured
 from benchmarks.stacked import train_stacked
 from eclm_flower import modularize
 from eclm_flower.modular import apply_policy
@@ -36,8 +43,9 @@ from simulations.settings import Settings
 from strategies.local_training import train
 
 CLASSES = 10
+Way = Callable[[list[nn.Module], list[TensorDataset], Settings, list[torch.Generator]], object]
 SHAPES = {"mlp": (561,), "slim-resnet": (3, 32, 32), "resnet18": (3, 32, 32)}  # mlp: of HAPT
-EPOCHS = {"mlp": 3, "slim-resnet": 3, "resnet18": 1}
+EPOCHS = 3
 
 
 def main(
@@ -46,6 +54,9 @@ def main(
     share: Annotated[float, typer.Option(help="Modules of a sub-model, in every layer.")] = 0.25,
     rounds: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Channels last in memory, everywhere.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="Threads, as one device has in simulations.")] = 1,
     out: Path = Path("benchmarks/results/stacked_training.csv"),
 ) -> None:
@@ -54,50 +65,76 @@ def main(
     rows: list[dict[str, object]] = []
     for model in models.split(","):
         for k in (int(part) for part in together.split(",")):
-            for row in measured(model, k, share, rounds, device):
-                rows.append({"model": model, "together": k, "device": device, **row})
+            for row in measured(model, k, share, rounds, device, channels_last=channels_last):
+                about = {"model": model, "together": k, "device": device, "threads": threads}
+                rows.append({**about, "channels_last": channels_last, **row})
             frame = pd.DataFrame(rows)
             frame.to_csv(out, index=False)
-    show(frame, f"Stacked against one after the other: {device}, {threads} thread(s)")
+    show(frame, f"At once against one after the other: {device}, {threads} thread(s)")
 
 
 def measured(
-    model: str, k: int, share: float, rounds: int, device: str
+    model: str, k: int, share: float, rounds: int, device: str, *, channels_last: bool = False
 ) -> list[dict[str, float | int]]:
-    """Train both ways, round after round; a row for each round but the first."""
-    one_by_one = sub_models(model, k, share, device)
-    stacked = copy.deepcopy(one_by_one)
-    start = copy.deepcopy(one_by_one)
+    """Train in every way, round after round; a row for each round but the first, and each way."""
+    start = sub_models(model, k, share, device)
     data = data_of(SHAPES[model], k, device)
-    settings = Settings(local_epochs=EPOCHS[model])
+    if channels_last and len(SHAPES[model]) == 3:
+        for sub_model in start:
+            sub_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    settings = Settings(local_epochs=1 if (model, device) == ("resnet18", "cpu") else EPOCHS)
+    ways = ways_on(device)
+    models = {way: copy.deepcopy(start) for way in ways}
     rows: list[dict[str, float | int]] = []
-    difference = 0.0
+    difference = {}
     for number in range(rounds + 1):
-        generators = [[torch.Generator().manual_seed(i) for i in range(k)] for _ in range(2)]
-
-        def each(own: list[torch.Generator] = generators[0]) -> None:
-            for sub_model, of_device, generator in zip(one_by_one, data, own, strict=True):
-                train(sub_model, of_device, settings, generator)
-
-        def at_once(own: list[torch.Generator] = generators[1]) -> None:
-            train_stacked(stacked, data, settings, own, device=device)
-
-        if number % 2:
-            seconds = {work: timed(work, device) for work in (at_once, each)}
-        else:
-            seconds = {work: timed(work, device) for work in (each, at_once)}
+        order = list(ways) if number % 2 else list(ways)[::-1]
+        seconds = {}
+        for way in order:
+            generators = [torch.Generator().manual_seed(i) for i in range(k)]
+            work = partial(ways[way], models[way], data, settings, generators)
+            seconds[way] = timed(work, device)
         if number == 0:
-            difference = largest_step(one_by_one, stacked) / largest_step(one_by_one, start)
-            continue
-        rows.append(
-            {
-                "round": number,
-                "one_by_one_seconds": seconds[each],
-                "stacked_seconds": seconds[at_once],
-                "difference": difference,
+            step = largest_step(models["one_by_one"], start)
+            difference = {
+                way: largest_step(models["one_by_one"], models[way]) / step for way in ways
             }
-        )
+            continue
+        for way in ways:
+            if way != "one_by_one":
+                rows.append(
+                    {
+                        "round": number,
+                        "way": way,
+                        "one_by_one_seconds": seconds["one_by_one"],
+                        "seconds": seconds[way],
+                        "difference": difference[way],
+                    }
+                )
     return rows
+
+
+def ways_on(device: str) -> dict[str, Way]:
+    """Ways to train; captured ones only where there is something to capture."""
+    ways: dict[str, Way] = {
+        "one_by_one": one_by_one,
+        "stacked": partial(train_stacked, device=device),
+    }
+    if device != "cpu":
+        ways["captured"] = train_captured
+        ways["captured, in turn"] = partial(train_captured, streams=1)
+    return ways
+
+
+def one_by_one(
+    models: list[nn.Module],
+    data: list[TensorDataset],
+    settings: Settings,
+    generators: list[torch.Generator],
+) -> None:
+    """Train each alone."""
+    for model, of_device, generator in zip(models, data, generators, strict=True):
+        train(model, of_device, settings, generator)
 
 
 def sub_models(name: str, k: int, share: float, device: str) -> list[nn.Module]:
@@ -132,7 +169,7 @@ def data_of(shape: tuple[int, ...], k: int, device: str) -> list[TensorDataset]:
     ]
 
 
-def timed(work: Callable[[], None], device: str) -> float:
+def timed(work: Callable[[], object], device: str) -> float:
     """Seconds that something takes, until the device is done with it."""
     start = time.perf_counter()
     work()
@@ -153,17 +190,19 @@ def largest_step(models: list[nn.Module], others: list[nn.Module]) -> float:
 
 def show(frame: pd.DataFrame, title: str) -> None:
     """Print medians and extremes over rounds."""
-    frame = frame.assign(faster=frame["one_by_one_seconds"] / frame["stacked_seconds"])
+    frame = frame.assign(faster=frame["one_by_one_seconds"] / frame["seconds"])
     table = Table(title=title)
-    for heading in ("model", "devices", "one by one, s", "stacked, s", "faster", "difference"):
+    for heading in ("model", "devices", "way", "one by one, s", "at once, s", "faster"):
         table.add_column(heading, justify="right")
-    for (model, k), part in frame.groupby(["model", "together"], sort=False):
+    table.add_column("difference", justify="right")
+    for (model, k, way), part in frame.groupby(["model", "together", "way"], sort=False):
         ratio = part["faster"]
         table.add_row(
             str(model),
             str(k),
+            str(way),
             f"{part['one_by_one_seconds'].median():.3f}",
-            f"{part['stacked_seconds'].median():.3f}",
+            f"{part['seconds'].median():.3f}",
             f"{ratio.median():.2f}x ({ratio.min():.2f}-{ratio.max():.2f})",
             f"{part['difference'].iloc[0]:.0e}",
         )

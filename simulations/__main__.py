@@ -32,7 +32,7 @@ DataDir = Annotated[str, Option(help="Folder with one folder per data set; else 
 Resolution = Annotated[
     int, Option(help="Shrink images to so many pixels a side; 0: as they are. Half is 8x faster.")
 ]
-Model = Annotated[str, Option(help="auto, mlp, slim-resnet, resnet18 or resnet34.")]
+Model = Annotated[str, Option(help="auto, mlp, slim-resnet, resnet18, resnet34 or vgg16.")]
 Modules = Annotated[int, Option(help="Modules a layer.")]
 Devices = Annotated[int, Option(help="Devices in the fleet.")]
 ClassesPerDevice = Annotated[
@@ -126,6 +126,10 @@ def run(
     evaluate_every: Annotated[
         int, Option(help="Rounds between evaluations of all devices.")
     ] = _DEFAULT.evaluate_every,
+    evaluated: Annotated[
+        int, Option(help="Devices to evaluate, a seeded sample; 0: all.")
+    ] = _DEFAULT.evaluated,
+    compute: Annotated[str, Option(help="Where models compute: cpu or cuda.")] = _DEFAULT.compute,
     seeds: Seeds = "0",
     engine: Annotated[str, Option(help="ray or in-process.")] = "ray",
     out: Out = _DEFAULT.out,

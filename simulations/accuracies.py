@@ -26,15 +26,15 @@ def accuracies(
     model : nn.Module
         Maps inputs ``[B, ...]`` to logits ``[B, C]``.
     data : TensorDataset
-        ``(x [n, ...], y [n])``; without samples, both are nan.
+        ``(x [n, ...], y [n])``, where the model is; without samples, both are nan.
     classes : sequence of int
         Of the device.
     """
     right = masked_right = total = 0
-    allowed = torch.tensor(classes)
     with evaluating(model):
         for x, y in DataLoader(data, batch_size=batch_size):
             logits = model(x)
+            allowed = torch.tensor(classes, device=logits.device)
             right += int((logits.argmax(dim=1) == y).sum())
             masked_right += int((allowed[logits[:, allowed].argmax(dim=1)] == y).sum())
             total += len(y)

@@ -22,11 +22,11 @@ def flip_and_crop(x: Tensor, generator: torch.Generator) -> Tensor:
     number, _, height, width = x.shape
     most = max(height, width) // 8  # 4 of 32 pixels, as is usual
     padded = F.pad(x, (most, most, most, most))
-    top, left = torch.randint(0, 2 * most + 1, (2, number, 1), generator=generator)
-    rows = (top + torch.arange(height))[:, None, :, None]
-    columns = (left + torch.arange(width))[:, None, None, :]
-    images = torch.arange(number)[:, None, None, None]
-    channels = torch.arange(x.shape[1])[None, :, None, None]
+    top, left = torch.randint(0, 2 * most + 1, (2, number, 1), generator=generator).to(x.device)
+    rows = (top + torch.arange(height, device=x.device))[:, None, :, None]
+    columns = (left + torch.arange(width, device=x.device))[:, None, None, :]
+    images = torch.arange(number, device=x.device)[:, None, None, None]
+    channels = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
     cropped = padded[images, channels, rows, columns]
     flipped = torch.rand(number, 1, 1, 1, generator=generator) < 0.5
-    return torch.where(flipped, cropped.flip(3), cropped)
+    return torch.where(flipped.to(x.device), cropped.flip(3), cropped)

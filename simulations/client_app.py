@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from eclm_flower.federation.differences import ErrorFeedback
 from eclm_flower.modular.selection import count
 from simulations.accuracies import accuracies
 from simulations.clock import seconds_of_work
+from simulations.compute import placed
+from simulations.environment import DeviceData
 from simulations.held import device_folder, keep, opened
 from simulations.plan import local_epochs
 from simulations.settings import Settings
@@ -71,6 +74,10 @@ class _Task:
         """Random numbers of this device, moment and purpose alone."""
         return generator_of(self.world.seed, self.device, self.moment, purpose)
 
+    def data(self, step: int) -> DeviceData:
+        """Return what this device holds in a step, where models compute."""
+        return placed(self.world.data(self.device, step), self.world.settings.compute)
+
     def cache(self, *, stores: bool = True) -> ModuleCache | None:
         """Return the device's module cache, if it has one."""
         if not (self.world.settings.module_cache and self.method.cached):
@@ -97,8 +104,8 @@ class _Task:
         model = self.method.receive(msg, self.world.model, **options)
         if state is not None:
             model.load_state_dict(state)
-        data = self.world.data(self.device, self.step)
-        self.method.select(model, data.train, self.generator(SELECT))
+        model.to(self.world.settings.compute)
+        self.method.select(model, self.data(self.step).train, self.generator(SELECT))
         return msg, model
 
 
@@ -131,13 +138,17 @@ def _task(msg: Message, context: Context) -> _Task:
 def query(msg: Message, context: Context) -> Message:
     """Tell the cloud this device's budget and, if asked, what matters to its data."""
     task = _task(msg, context)
-    data = task.world.data(task.device, task.step)
+
+    def batches() -> DataLoader[Any]:
+        train = task.world.data(task.device, task.step).train
+        return DataLoader(train, batch_size=256)
+
     with one_thread():
         return profile(
             msg,
             context,
             task.world.model,
-            lambda: DataLoader(data.train, batch_size=256),
+            batches,
             budget=task.world.budget(task.device, task.moment),
             cache=task.cache(),
         )
@@ -147,10 +158,11 @@ def query(msg: Message, context: Context) -> Message:
 def train(msg: Message, context: Context) -> Message:
     """Train what the cloud sent on local data."""
     task = _task(msg, context)
-    data = task.world.data(task.device, task.step).train
+    data = task.data(task.step).train
     with one_thread():
         _, model = task.opened(msg)
         loss = task.method.adapt(model, data, task.world.settings, task.generator(TRAIN))
+        model.cpu()
     return task.method.reply(
         msg, model, num_examples=len(data), metrics={"loss": loss, "device": task.device}
     )
@@ -161,7 +173,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     """Test what the cloud sent, before and after local adaptation, now and after the next shift."""
     task = _task(msg, context)
     world, settings = task.world, task.world.settings
-    data = world.data(task.device, task.step)
+    data = task.data(task.step)
     with one_thread():
         original, model = task.opened(msg, stores=task.delivery)
         before = after = accuracies(model, data.test, data.classes)
@@ -173,7 +185,7 @@ def evaluate(msg: Message, context: Context) -> Message:
             after = accuracies(model, data.test, data.classes)
         shifted = (math.nan, math.nan)
         if task.delivery and settings.phase(task.step + 1) > settings.phase(task.step):
-            next_data = world.data(task.device, task.step + 1)
+            next_data = task.data(task.step + 1)
             shifted = accuracies(model, next_data.test, next_data.classes)
     if task.keeps:
         keep(task.folder, original, model)

@@ -106,10 +106,9 @@ class LabelledData:
         tuple[torch.Tensor, torch.Tensor]
             x: float32 ``[n, *input_shape]``; y: int64 ``[n]``.
         """
-        raw = np.zeros(0, np.float32)
+        raw: NDArray[Any] = np.zeros(0, np.float32)
         if len(rows) and isinstance(rows.features["x"], datasets.Image):
-            raw = rows.select_columns("x").with_format("numpy")[:]["x"]  # [n, H, W(, C)]
-            raw = raw if raw.ndim == 3 else np.moveaxis(raw, -1, 1)
+            raw = _pixels(rows)
         elif len(rows):
             cells = rows.select_columns("x").with_format("arrow")[:]["x"].combine_chunks()
             raw = cells.flatten().to_numpy(zero_copy_only=False)
@@ -123,6 +122,34 @@ class LabelledData:
         if self.pooled > 1:
             x = F.avg_pool2d(x, self.pooled)
         return x, torch.from_numpy(int_column(rows, "label"))
+
+    def decoded(self) -> LabelledData:
+        """Decode all images now and keep them: for devices too many to decode anew at each visit.
+
+        A byte for each pixel and channel; what `tensors` returns stays the same.
+        """
+
+        def kept(rows: datasets.Dataset) -> datasets.Dataset:
+            columns = {c: rows.with_format("arrow")[:][c] for c in rows.column_names if c != "x"}
+            table = pa.table({"x": _fixed_size(_pixels(rows)), **columns})
+            # Named, because finding a name takes a hundred times the data's memory.
+            return datasets.Dataset(table, fingerprint=f"{self.name} decoded")
+
+        if not isinstance(self.train.features["x"], datasets.Image):
+            return self
+        test = None if self.test is None else kept(self.test)
+        return replace(self, train=kept(self.train), test=test)
+
+
+def _pixels(rows: datasets.Dataset) -> NDArray[Any]:
+    """Decode images: ``[n, H, W]``, or ``[n, C, H, W]``."""
+    raw: NDArray[Any] = rows.select_columns("x").with_format("numpy")[:]["x"]  # [n, H, W(, C)]
+    return raw if raw.ndim == 3 else np.moveaxis(raw, -1, 1)
+
+
+def _fixed_size(x: NDArray[Any]) -> pa.FixedSizeListArray:
+    """Put samples ``[n, ...]`` into a column: it keeps their dtype, and rows are cut out of it."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), int(np.prod(x.shape[1:])))
 
 
 def int_column(rows: datasets.Dataset, name: str) -> NDArray[np.int64]:
@@ -185,11 +212,7 @@ def _from_arrays(
 ) -> LabelledData:
     """Build from checked ``x`` ``[n, ...]``, ``y`` ``[n]``, optional ``device`` and ``test``."""
     x, y, test = arrays["x"], arrays["y"], arrays.get("test")
-    size = int(np.prod(x.shape[1:]))
-    columns = {  # a fixed-size list a sample: keeps the dtype, and selecting rows copies only them
-        "x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), size),
-        "label": pa.array(y.astype(np.int64)),
-    }
+    columns = {"x": _fixed_size(x), "label": pa.array(y.astype(np.int64))}
     if "device" in arrays:
         device = np.unique(arrays["device"], return_inverse=True)[1]
         columns["device"] = pa.array(device.astype(np.int64))

@@ -10,10 +10,10 @@ import tempfile
 import psutil
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 
 from eclm_flower.federation import run_in_process
 from simulations.client_app import app as client_app
+from simulations.compute import expect_compute
 from simulations.results import make_out_dir
 from simulations.server_app import run_experiment, with_known_strategies
 from simulations.settings import Engine, Settings
@@ -36,6 +36,7 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
     """
     logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
     settings = with_known_strategies(settings)
+    expect_compute(settings.compute)
     make_out_dir(settings)
     for seed in settings.seeds:  # bad data or models are refused before an engine starts
         world_of(settings.for_devices(), seed).budget(0, 0)
@@ -54,6 +55,8 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
     if engine == "in-process":
         run_in_process(server_app, client_app, settings.devices)
         return
+
+    from flwr.simulation import run_simulation  # late: it needs what in-process runs do without
 
     # A short path, because Ray puts sockets there.
     ray_files = tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)

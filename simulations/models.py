@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torchvision.models import resnet18, resnet34
+from torchvision.models import resnet18, resnet34, vgg16_bn
 
 from eclm_flower.modular import slim_resnet
 from simulations.settings import SettingsError
@@ -42,6 +43,16 @@ def _resnet(build: Callable[..., nn.Module]) -> Callable[[Shape, int], nn.Module
     return small_image_resnet
 
 
+def _vgg16(shape: Shape, num_classes: int) -> nn.Module:
+    """Build torchvision's VGG16 with batch norm, and the usual head for small images: one layer."""
+    model: Any = vgg16_bn(num_classes=num_classes)
+    model.features[0] = nn.Conv2d(_channels(shape), 64, 3, padding=1)
+    model.features[-1] = nn.AdaptiveMaxPool2d(1)  # of 32x32 photographs: torchvision's own
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Linear(512, num_classes)
+    return cast(nn.Module, model)
+
+
 def _channels(shape: Shape) -> int:
     if len(shape) != 3:
         raise SettingsError(
@@ -56,6 +67,7 @@ MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "slim-resnet": _slim_resnet,
     "resnet18": _resnet(resnet18),
     "resnet34": _resnet(resnet34),
+    "vgg16": _vgg16,
 }
 
 

@@ -65,7 +65,7 @@ class OfflineStage:
     def model(self, kind: Offline) -> ModularModel:
         """Return the model of a kind, a new copy with every call."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        model = self._world.build_model()
+        model = self._world.build_model().to(self._world.settings.compute)
         with self._alone(DENSE):
             if not self._load(model, DENSE):
                 self._train(model)
@@ -76,7 +76,7 @@ class OfflineStage:
                 self._prepare(model, kind)
                 self._keep(model, kind)
         self._measure(model, kind)
-        return model.eval()
+        return model.eval().cpu()
 
     def _train(self, model: ModularModel) -> None:
         self._say("training the whole model")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -28,7 +29,7 @@ _EXTENDABLE = ("strategies", "seeds", "out", "offline_dir", "resume")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One evaluated device.
+    """One evaluated device; or one that is not, and spent bytes.
 
     Attributes
     ----------
@@ -55,6 +56,8 @@ class Row:
         Simulated, of its local adaptation.
     clock : float
         Simulated seconds that rounds took so far.
+
+    Of a device that is not evaluated (`Settings.evaluated`), all that an evaluation tells is nan.
     """
 
     strategy: str
@@ -62,19 +65,24 @@ class Row:
     step: int
     round: int
     device: int
-    accuracy_before: float
-    accuracy_after: float
-    masked_before: float
-    masked_after: float
-    accuracy_held: float
-    accuracy_global: float
+    accuracy_before: float = math.nan
+    accuracy_after: float = math.nan
+    masked_before: float = math.nan
+    masked_after: float = math.nan
+    accuracy_held: float = math.nan
+    accuracy_global: float = math.nan
     bytes_down: int
     bytes_up: int
-    bytes_delivered: int
-    modules: int
-    memory: float
-    seconds: float
+    bytes_delivered: int = 0
+    modules: int = 0
+    memory: float = math.nan
+    seconds: float = math.nan
     clock: float
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the device was evaluated; it then has test samples, and so an accuracy."""
+        return not math.isnan(self.accuracy_before)
 
 
 def to_frame(rows: list[Row]) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, get_args
 from simulations.fleet import uniform_share
 
 Engine = Literal["ray", "in-process"]
+Compute = Literal["cpu", "cuda"]
 Variant = Literal["full", "no-cloud", "no-local-training"]
 FeatureShiftKind = Literal["none", "known", "new"]
 JudgedOn = Literal["test", "validation"]
@@ -30,8 +31,20 @@ _SUITED: dict[str, dict[str, Any]] = {
     "speech": _SMALL,
     ".npz": {"epochs": 30, "enhancing_epochs": 30, "classes_per_device": 0},
 }
-_CHOICES = {"variant": Variant, "feature_shift": FeatureShiftKind, "judged_on": JudgedOn}
-_LEAST = {"classes_per_device": 0, "resolution": 0, "rounds": 0, "epochs": 0, "enhancing_epochs": 0}
+_CHOICES = {
+    "variant": Variant,
+    "feature_shift": FeatureShiftKind,
+    "judged_on": JudgedOn,
+    "compute": Compute,
+}
+_LEAST = {
+    "classes_per_device": 0,
+    "resolution": 0,
+    "rounds": 0,
+    "epochs": 0,
+    "enhancing_epochs": 0,
+    "evaluated": 0,
+}
 _CLOUD_ONLY = (
     "strategies",
     "rates",
@@ -41,6 +54,7 @@ _CLOUD_ONLY = (
     "resume",
     "availability",
     "dropout",
+    "evaluated",
 )
 
 
@@ -121,6 +135,10 @@ class Settings:
     evaluate_every : int (default: 1)
         Rounds between evaluations of all devices; the beginning and the end of a step are always
         evaluated.
+    evaluated : int (default: 0)
+        Devices that are evaluated, the same ones at every evaluation and for every method; 0: all.
+    compute : {"cpu", "cuda"}
+        Where models compute; see `simulations.compute`.
     seeds : tuple[int, ...] (default: (0,))
     out : str (default: "runs/latest")
         Folder for the results.
@@ -162,6 +180,8 @@ class Settings:
     enhancing_epochs: int = 9
     module_cache: bool = False
     evaluate_every: int = 1
+    evaluated: int = 0
+    compute: Compute = "cpu"
     seeds: tuple[int, ...] = (0,)
     out: str = "runs/latest"
     offline_dir: str = ""
@@ -182,6 +202,11 @@ class Settings:
             self.per_round <= self.devices,
             f"--per-round of at most the {self.devices} devices",
             self.per_round,
+        )
+        _expect(
+            self.evaluated <= self.devices,
+            f"--evaluated of at most the {self.devices} devices",
+            self.evaluated,
         )
         _expect(0 < self.learning_rate < 10, "--learning-rate > 0", self.learning_rate)
         for strategy, rate in self.rates:

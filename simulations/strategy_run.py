@@ -30,7 +30,9 @@ from eclm_flower.federation.exchange import Deadline, exchange
 from eclm_flower.modular import ModularModel
 from eclm_flower.prototyping import accuracy
 from simulations.clock import seconds_of_round, seconds_of_work
+from simulations.compute import moved
 from simulations.conditions import Conditions
+from simulations.evaluated import SteadyRoster
 from simulations.living_grid import LivingGrid, Loss, nothing_happens
 from simulations.plan import Plan, local_epochs, plan_of
 from simulations.results import Row
@@ -79,7 +81,8 @@ class StrategyRun:
         cloud_test: TensorDataset,
     ) -> None:
         self._settings, self._world, self._method, self._grid = settings, world, method, grid
-        self._whole, self._cloud_test = copy.deepcopy(model.body), cloud_test
+        self._whole = copy.deepcopy(model.body).to(settings.compute)
+        self._cloud_test = moved(cloud_test, settings.compute)
         self._device_of = {node: device for device, node in roster.node_ids.items()}
         self._plan: Plan = plan_of(method, settings.variant)
         self._config = run_config(settings, world.seed, method.name)
@@ -92,7 +95,11 @@ class StrategyRun:
             fraction_train=settings.per_round / settings.devices,
             min_train_nodes=settings.per_round,
             min_available_nodes=settings.devices,
+            **self._sampling(),
         )
+        if settings.evaluated:
+            self._strategy.roster = SteadyRoster(world.seed, self._query_config)  # type: ignore[attr-defined]
+        self._evaluated: list[int] = []  # node ids
         if isinstance(self._strategy, ECLM):
             self._strategy.round_timeout = _TIMEOUT  # its messages expire with its rounds
         self._arrays: ArrayRecord = method.arrays(model)
@@ -123,6 +130,14 @@ class StrategyRun:
                         progress.update(bar, description=self._described())
                     progress.advance(bar, int(number > 0 or rounds == 0))
         return self._rows
+
+    def _sampling(self) -> dict[str, float | int]:
+        """Parameters of Flower's `FedAvg` that say how many devices are evaluated."""
+        evaluated = self._settings.evaluated
+        if not evaluated:
+            return {}
+        fraction = evaluated / self._settings.devices
+        return {"fraction_evaluate": fraction, "min_evaluate_nodes": evaluated}
 
     def _set_time(self, step: int, of_step: int) -> None:
         self._moment = step * (self._settings.rounds + 1) + of_step
@@ -204,7 +219,7 @@ class StrategyRun:
     # Evaluations
 
     def _evaluate(self, step: int, of_step: int, *, delivery: bool) -> None:
-        """Evaluate all devices: with a model from the cloud, or with the one they keep."""
+        """Evaluate devices: with a model from the cloud, or with the one they keep."""
         keeps = not self._plan.returns and self._settings.steps > 1
         self._purpose(local=self._plan.local, keeps=keeps, delivery=delivery)
         if self._plan.returns or step == 0:
@@ -213,13 +228,12 @@ class StrategyRun:
                     self._moment, self._arrays, self._config, self._grid
                 )
             )
+            self._evaluated = sorted(message.metadata.dst_node_id for message in requests)
         else:
             content = RecordDict({"config": self._config})
-            requests = [
-                Message(content, node, MessageType.EVALUATE) for node in sorted(self._device_of)
-            ]
+            requests = [Message(content, node, MessageType.EVALUATE) for node in self._evaluated]
         replies = self._exchanged(requests)
-        expected = self._settings.devices
+        expected = self._settings.evaluated or self._settings.devices
         if len(replies) < expected:
             raise DeviceFailedError(f"Expected {expected} devices to answer, got {len(replies)}.")
         sent = {n: traffic.down for n, traffic in self._grid.traffic[MessageType.EVALUATE].items()}
@@ -259,7 +273,24 @@ class StrategyRun:
                 shifted = _number(metrics, "accuracy-shifted")
                 if not math.isnan(shifted):
                     self._held[device] = shifted
+            del self._spent[device]
+        for device, spent in sorted(self._spent.items()):
+            if spent.down or spent.up:  # no byte may be lost with who is not evaluated
+                self._rows.append(self._unevaluated(device, step, of_step))
         self._spent.clear()
+
+    def _unevaluated(self, device: int, step: int, of_step: int) -> Row:
+        """Row of a device that spent bytes since its last row, and is not evaluated."""
+        return Row(
+            strategy=self._method.name,
+            seed=self._world.seed,
+            step=step,
+            round=step * self._settings.rounds + of_step,
+            device=device,
+            bytes_down=self._spent[device].down,
+            bytes_up=self._spent[device].up,
+            clock=self._clock,
+        )
 
     def _whole_accuracy(self) -> float:
         state = self._method.body(self._arrays)
@@ -285,7 +316,8 @@ class StrategyRun:
 
     def _described(self) -> str:
         latest = [row for row in self._rows if row.round == self._rows[-1].round]
-        mean = sum(row.accuracy_before for row in latest) / len(latest)
+        known = [row.accuracy_before for row in latest if row.evaluated]
+        mean = sum(known) / len(known)
         return f"{self._method.name} (accuracy {mean:.1%})"
 
 

@@ -100,6 +100,7 @@ def _worst_decile(end: pd.DataFrame, column: str) -> float:
     """Mean over seeds of the mean over the worst tenth of the devices, at least one."""
 
     def worst(values: pd.Series[float]) -> float:
+        values = values.dropna()  # of devices that are not evaluated
         return float(values.nsmallest(max(1, len(values) // 10)).mean())
 
     return float(np.mean([worst(group) for _, group in end.groupby("seed")[column]]))
@@ -111,6 +112,7 @@ def _number(value: float) -> float | None:
 
 def _half_width(values: pd.Series[float]) -> float:
     """Half-width of the 95 % confidence interval of a mean, by the normal approximation."""
+    values = values.dropna()
     return float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 

@@ -46,7 +46,14 @@ class World:
                 strength=settings.strength,
             )
         return Environment(
-            _data(settings.dataset, data_dir, settings.resolution or None, settings.judged_on),
+            _data(
+                settings.dataset,
+                data_dir,
+                settings.resolution or None,
+                settings.judged_on,
+                # On a GPU, decoding at each visit would take longer than training.
+                decoded=settings.compute != "cpu",
+            ),
             devices=settings.devices,
             classes_per_device=settings.classes_per_device or None,
             alpha=settings.alpha or None,
@@ -138,7 +145,13 @@ def world_of(settings: Settings, seed: int) -> World:
 
 @lru_cache(maxsize=2)
 def _data(
-    name: str, data_dir: Path | None, resolution: int | None, judged_on: JudgedOn
+    name: str,
+    data_dir: Path | None,
+    resolution: int | None,
+    judged_on: JudgedOn,
+    *,
+    decoded: bool,
 ) -> LabelledData:
     data = load_data(name, data_dir, resolution)
+    data = data.decoded() if decoded else data
     return for_validation(data) if judged_on == "validation" else data

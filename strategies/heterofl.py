@@ -89,7 +89,7 @@ def merge_rows(before: Tensor, updates: Sequence[Update], key: str) -> Tensor:
 
 def masked_cross_entropy(logits: Tensor, y: Tensor, *, present: Tensor) -> Tensor:
     """Cross-entropy with the logits of classes that aren't in `present` at zero."""
-    absent = torch.ones(logits.shape[1], dtype=torch.bool)
+    absent = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     absent[present] = False
     return F.cross_entropy(logits.masked_fill(absent, 0.0), y)
 

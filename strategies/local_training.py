@@ -76,9 +76,9 @@ def train(
         loss = own_classes_only(y) if settings.masked_loss else F.cross_entropy
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=0.9)
     model.train()
-    loss_sum = 0.0
+    losses: list[tuple[Tensor, int]] = []
     for _ in range(settings.local_epochs if epochs is None else epochs):
-        loss_sum = 0.0
+        losses = []
         for rows in torch.split(torch.randperm(len(x), generator=generator), settings.batch_size):
             batch_loss = loss(model(x[rows]), y[rows])
             optimizer.zero_grad()
@@ -86,8 +86,9 @@ def train(
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.step()
-            loss_sum += float(batch_loss.detach()) * len(rows)
-    return loss_sum / len(x)
+            losses.append((batch_loss.detach(), len(rows)))
+    # Read at the end: a GPU is not waited for in every step.
+    return sum(float(batch_loss) * number for batch_loss, number in losses) / len(x)
 
 
 def own_classes_only(y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -49,7 +49,7 @@ def choose_scale(
         raise PrototypingError("Expected a model with delta modules to scale; see add_deltas.")
     rng = np.random.default_rng(config.seed)
     right: dict[float, list[float]] = {scale: [] for scale in config.delta_scales}
-    gates = {DELTAS: deltas.gates.numpy()}
+    gates = {DELTAS: deltas.gates.cpu().numpy()}
     with evaluating(model):
         for device in range(_DEVICES):
             share = config.budget_shares[device % len(config.budget_shares)]

@@ -24,7 +24,7 @@ from eclm_flower.prototyping.assignment import assign, gate_targets
 from eclm_flower.prototyping.config import PrototypingConfig
 from eclm_flower.prototyping.delta_scale import choose_scale
 from eclm_flower.prototyping.grouping import order_units, unit_responses
-from eclm_flower.prototyping.proxy import Augment, ProxyData
+from eclm_flower.prototyping.proxy import Augment, ProxyData, device_of
 from eclm_flower.prototyping.stages import (
     Stage,
     by_importance,
@@ -77,7 +77,7 @@ def prototype(
 ) -> PrototypingReport:
     """Prepare the cloud model on proxy data, in place: modules specialise, the selector learns.
 
-    Runs on the CPU: model and data must be there.
+    Runs where the model is; random numbers are drawn on the CPU, so they are the same everywhere.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def prototype(
         Data, sub-tasks or parameters don't fit together.
     """
     config = config or PrototypingConfig()
-    proxy = ProxyData(data, sub_tasks, augment)
+    proxy = ProxyData(data, sub_tasks, augment, device=device_of(model))
     needed = "selector" if config.method == "paper" else "uniform"
     if model.gating != needed:
         raise PrototypingError(
@@ -282,8 +282,9 @@ def _inputs(proxy: ProxyData) -> Iterator[tuple[Tensor, Tensor]]:
 def accuracy(model: nn.Module, data: Dataset[Any], *, batch_size: int = 256) -> float:
     """Share of samples whose largest logit is their label's, 0 to 1; nan without samples."""
     right = total = 0
+    device = device_of(model)
     with evaluating(model):
         for x, y, *_ in DataLoader(data, batch_size=batch_size):
-            right += int((model(x).argmax(dim=1) == y).sum())
+            right += int((model(x.to(device)).argmax(dim=1) == y.to(device)).sum())
             total += len(y)
     return right / total if total else math.nan

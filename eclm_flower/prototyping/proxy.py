@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from eclm_flower.errors import PrototypingError
@@ -28,6 +28,8 @@ class ProxyData:
         together on a device); under feature skew, the environment.
     augment : callable, optional
         Applied to whole training batches.
+    device : torch.device, optional
+        Where batches are wanted. On a GPU all samples are moved there at once and kept.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class ProxyData:
         data: Dataset[Any],
         sub_tasks: Sequence[int] | Tensor,
         augment: Augment | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
         self.data = data
         self.sub_tasks = torch.as_tensor(sub_tasks, dtype=torch.int64)
@@ -52,6 +56,9 @@ class ProxyData:
                 f"{sorted(set(self.sub_tasks.tolist()))[:20]}."
             )
         self.num_sub_tasks = len(counts)
+        if device is not None and device.type != "cpu":
+            (x, y, _), *_ = self.batches([range(samples)])
+            self.data = TensorDataset(x.to(device), y.to(device))
         self._rows = [np.flatnonzero(self.sub_tasks == task) for task in range(len(counts))]
 
     def __len__(self) -> int:
@@ -87,7 +94,7 @@ class ProxyData:
         return parts[0], parts[1]
 
     def batches(self, row_batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the samples of each list of rows as ``(x, y, sub_task)``."""
+        """Yield the samples of each list of rows as ``(x, y, sub_task)``, sub-tasks on the CPU."""
         if isinstance(self.data, TensorDataset):  # no need to collect it sample by sample
             for rows in row_batches:
                 x, y, *_ = self.data[list(rows)]
@@ -121,3 +128,9 @@ class ProxyData:
         """Draw the rows of a simulated device: as equally from each of its sub-tasks as it goes."""
         tasks = np.resize(rng.permutation(sub_tasks), samples)
         return [int(rng.choice(self._rows[task])) for task in tasks]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are; the CPU if it has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

@@ -169,7 +169,7 @@ def _distance_to_targets(
     distances = [
         F.kl_div(
             F.log_softmax(logits[name], dim=1),
-            target[tasks].to(logits[name].dtype),
+            target[tasks].to(logits[name]),
             reduction="batchmean",
         )
         for name, target in targets.items()
@@ -310,7 +310,7 @@ def mean_gates(
     total: dict[str, Tensor] = {}
     for x, _, tasks in data.in_order(batch_size):
         for name, logits in selector(x).items():
-            gates = top_k_gates(logits, top_k).double()
+            gates = top_k_gates(logits, top_k).double().cpu()
             if name not in total:
                 total[name] = torch.zeros(data.num_sub_tasks, gates.shape[1], dtype=torch.float64)
             total[name].index_add_(0, tasks, gates)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.captured import train_captured
 from benchmarks.stacked import StackingError, stackable, train_stacked
 from eclm_flower import modularize
 from eclm_flower.modular import apply_policy, slim_resnet
@@ -18,7 +19,8 @@ CLASSES = 3
 
 
 def training(**options):
-    return SimpleNamespace(**{"learning_rate": 0.05, "batch_size": 4, "local_epochs": 2, **options})
+    usual = {"learning_rate": 0.05, "batch_size": 4, "local_epochs": 2, "masked_loss": False}
+    return SimpleNamespace(**{**usual, **options})
 
 
 def mlp():
@@ -150,3 +152,44 @@ def test_models_that_do_more_than_their_tensors_say_are_refused(build):
 
 def test_dropout_of_nothing_is_stackable():
     assert stackable(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.0)).train())
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_captured_steps_make_of_models_what_training_alone_does(perturb, streams):
+    models = copies(mlp, perturb, 4)
+    data = data_of((5,), [3, 11, 4, 7])
+    alone = copy.deepcopy(models)
+    losses = train_captured(models, data, training(), generators(4), streams=streams)
+    for number, generator in enumerate(generators(4)):
+        loss = train(alone[number], data[number], training(), generator)
+        assert losses[number] == pytest.approx(loss, rel=1e-4, abs=1e-5)
+        for name, tensor in alone[number].state_dict().items():
+            torch.testing.assert_close(
+                models[number].state_dict()[name], tensor, rtol=1e-5, atol=1e-5
+            )
+
+
+def test_what_a_captured_step_would_get_wrong_is_refused():
+    trains = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    with pytest.raises(StackingError, match="batch norm frozen"):
+        train_captured([trains], data_of((5,), [4]), training(), generators(1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("streams", [1, 3])
+def test_captured_steps_on_a_gpu(perturb, streams):
+    models = [model.cuda() for model in copies(slim_part, perturb, 3)]
+    data = [
+        TensorDataset(*(t.cuda() for t in own.tensors)) for own in data_of((3, 32, 32), [3, 9, 6])
+    ]
+    alone = copy.deepcopy(models)
+    before = copy.deepcopy(models)
+    how = training(learning_rate=0.01)
+    train_captured(models, data, how, generators(3), streams=streams)
+    for number, generator in enumerate(generators(3)):
+        train(alone[number], data[number], how, generator)
+        untouched = dict(before[number].named_parameters())
+        state = dict(models[number].named_parameters())
+        for name, tensor in alone[number].named_parameters():
+            assert not torch.equal(state[name], untouched[name])
+            torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-3)  # TF32

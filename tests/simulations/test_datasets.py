@@ -224,6 +224,22 @@ def test_photographs_are_decoded_only_when_asked_for(
     assert len(decoded) == 3
 
 
+def test_photographs_can_be_decoded_once_for_all(
+    photographs: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+):
+    data = load_data("cifar10", photographs[0])
+    kept = data.decoded()
+    expected = data.tensors(data.test.select([5, 0, 3]))
+    monkeypatch.setattr(
+        datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded again")
+    )
+    for mine, theirs in zip(kept.tensors(kept.test.select([5, 0, 3])), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert kept.train.column_names == ["x", "label"]
+    digits = load_data("digits")
+    assert digits.decoded() is digits
+
+
 def test_a_folder_and_hugging_face_give_the_same_samples(
     photographs: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ):
