@@ -129,10 +129,14 @@ def main(
     cases: Annotated[str, typer.Option(help="Presets, comma separated.")] = ",".join(PAPER),
     rounds: Annotated[int, typer.Option(help="Rounds; the paper tells no number.")] = 30,
     evaluated: Annotated[int, typer.Option(help="Devices evaluated, of 500.")] = 150,
+    epochs: Annotated[int, typer.Option(help="Of the whole model; 0: the preset's.")] = 0,
+    enhancing_epochs: Annotated[int, typer.Option(help="Of sub-models; 0: the preset's.")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="Everything, in tiny.")] = False,
 ) -> None:
     """Run all strategies on all cases within a time, and print a table beside the paper's."""
     sizes: dict[str, Any] = {"rounds": rounds, "evaluate_every": rounds, "evaluated": evaluated}
+    given = {"epochs": epochs, "enhancing_epochs": enhancing_epochs}
+    sizes |= {name: number for name, number in given.items() if number}
     options = {"data_dir": str(data_dir), "compute": compute, **(SMOKE if smoke else sizes)}
     works = []
     for case in cases.split(","):
