@@ -4,11 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from experiments import run_tiny
 from rich.console import Console
+from torch.utils.data import TensorDataset
 
+from eclm_flower import PrototypingConfig
 from simulations import offline, offline_digest
+from simulations.augmentation import flip_and_crop
 from simulations.offline import OfflineStage
+from simulations.offline_digest import digest_of_start
 from simulations.settings import Settings
 from simulations.world import World
 
@@ -93,3 +98,29 @@ def test_runs_share_what_is_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert again == first
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         run_tiny(tmp_path / "other", strategies="nested", **{**shared, "enhancing_epochs": 2})
+
+
+def test_each_thing_that_training_is_given_counts():
+    world = World(BASE, 0)
+    x, y = world.environment.proxy().tensors
+    tasks, config = world.environment.proxy_sub_tasks, PrototypingConfig()
+
+    def digest(x=x, y=y, tasks=tasks, config=config, augment=None, weight=0.0) -> str:
+        model = world.build_model()
+        with torch.no_grad():
+            next(model.body.parameters())[0, 0] += weight
+        return digest_of_start(model, TensorDataset(x, y), tasks, config, augment)
+
+    other_x = x.clone()
+    other_x[-1, 0, 0, 0] += 1e-3
+    digests = {
+        digest(),
+        digest(x=other_x),
+        digest(y=y.flip(0)),
+        digest(tasks=tasks.flip(0)),
+        digest(config=PrototypingConfig(distillation=0.4)),
+        digest(augment=flip_and_crop),
+        digest(weight=1e-3),
+    }
+    assert len(digests) == 7
+    assert digest() in digests
