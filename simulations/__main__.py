@@ -211,6 +211,8 @@ def table(
     redo: Annotated[
         str, Option(help="Comma separated strategies whose results are run anew.")
     ] = "",
+    only: Annotated[str, Option(help="Comma separated names of the rows to run; else all.")] = "",
+    compute: Annotated[str, Option(help="Where models compute: cpu or cuda.")] = "cpu",
     page: Annotated[
         str, Option(help="A page whose part for this table is brought up to date.")
     ] = "",
@@ -228,6 +230,8 @@ def table(
             report=report,
             redo=redo,
             page=page,
+            only=only,
+            compute=compute,
         )
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on from here.")

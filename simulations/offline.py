@@ -121,6 +121,7 @@ class OfflineStage:
             self._world.environment.proxy_sub_tasks,
             self._dense_config,
             augmentation_of(self._world),
+            self._world.settings.compute,
         )
 
     def _path(self, name: str) -> Path:

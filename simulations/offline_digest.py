@@ -43,6 +43,7 @@ def digest_of_start(
     sub_tasks: Tensor,
     config: PrototypingConfig,
     augment: Augment | None,
+    compute: str,
 ) -> str:
     """Digest what the training of a whole model is given.
 
@@ -57,8 +58,10 @@ def digest_of_start(
     config : PrototypingConfig
         The object that training gets.
     augment : callable, optional
+    compute : str
+        Where it is trained: a GPU adds up in another order.
     """
-    parts: list[object] = [torch.__version__, repr(model), sorted(asdict(config).items())]
+    parts: list[object] = [torch.__version__, compute, repr(model), sorted(asdict(config).items())]
     parts += [repr(list(model.layers.values())), model.gating, model.top_k, model.batch_size]
     parts += [getattr(augment, "__qualname__", None), source_digest(_CODE)]
     tensors = {**model.state_dict(), "x": data.tensors[0], "y": data.tensors[1], "s": sub_tasks}

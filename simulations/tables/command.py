@@ -25,6 +25,8 @@ def run_table(
     report: bool,
     redo: str,
     page: str,
+    only: str = "",
+    compute: str = "cpu",
 ) -> None:
     """Run what a table misses and report it; see the options of the command."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -35,10 +37,10 @@ def run_table(
         if tune:
             tune_rows(table, runs, console)
             return
-        table_run = TableRun(table, runs, console)
+        table_run = TableRun(table, runs, console, compute=compute)
         if redo:
             table_run.forget(split_list(redo))
-        failures = table_run.run(jobs)
+        failures = table_run.run(jobs, split_list(only))
     write_report(table, console, page=Path(page) if page else None)
     if failures:
         sys.exit(f"{len(failures)} parts failed; the same command goes on with them.")

@@ -19,7 +19,7 @@ from simulations.settings import Settings, SettingsError, option
 from simulations.summary import curves
 
 #: What may differ between the run of one seed and the row, and places, which are no settings.
-_FREE = ("strategies", "seeds", "out", "offline_dir", "resume", "data_dir", "rates")
+_FREE = ("strategies", "seeds", "out", "offline_dir", "resume", "data_dir", "rates", "compute")
 _ENDS = {  # column of a run -> here; means over the ends of steps
     "accuracy_before": "sent",
     "accuracy_after": "adapted",

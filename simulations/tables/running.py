@@ -65,10 +65,15 @@ class TableRun:
     runs : Path
         Folder for the runs, and for the cloud models that all tables share.
     console : Console
+    compute : str (default: "cpu")
+        Where models compute: "cpu" or "cuda".
     """
 
-    def __init__(self, table: TableDefinition, runs: Path, console: Console) -> None:
+    def __init__(
+        self, table: TableDefinition, runs: Path, console: Console, *, compute: str = "cpu"
+    ) -> None:
         self._table, self._runs, self._console = table, runs.absolute(), console
+        self._compute = compute
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -115,9 +120,17 @@ class TableRun:
         done = self.rows[part.row.name].done
         return [name for name in part.settings.strategies if (name, part.seed) not in done]
 
-    def run(self, jobs: int) -> list[str]:
-        """Run what is missing, a number of parts at a time; returns what failed, in words."""
-        parts = [part for row in self._table.rows for part in self.parts(row)]
+    def run(self, jobs: int, only: Collection[str] = ()) -> list[str]:
+        """Run what is missing, a number of parts at a time; returns what failed, in words.
+
+        Parameters
+        ----------
+        jobs : int
+        only : collection of str
+            Names of the rows to run; empty: all.
+        """
+        rows = [self._table.row(name) for name in only] or list(self._table.rows)
+        parts = [part for row in rows for part in self.parts(row)]
         for part in parts:
             self._gather(part)
         parts = [part for part in parts if self.missing(part)]
@@ -169,6 +182,7 @@ class TableRun:
             *("--strategies", ",".join(self.missing(part))),
             *("--seeds", str(part.seed), "--engine", "in-process", "--resume"),
             *("--offline-dir", str(self._runs / "offline"), "--out", str(part.folder)),
+            *("--compute", self._compute),
         ]
 
     def _gather(self, part: Part, *, wall_seconds: float = 0.0) -> None:

@@ -105,11 +105,13 @@ def test_each_thing_that_training_is_given_counts():
     x, y = world.environment.proxy().tensors
     tasks, config = world.environment.proxy_sub_tasks, PrototypingConfig()
 
-    def digest(x=x, y=y, tasks=tasks, config=config, augment=None, weight=0.0) -> str:
+    def digest(
+        x=x, y=y, tasks=tasks, config=config, augment=None, weight=0.0, compute="cpu"
+    ) -> str:
         model = world.build_model()
         with torch.no_grad():
             next(model.body.parameters())[0, 0] += weight
-        return digest_of_start(model, TensorDataset(x, y), tasks, config, augment)
+        return digest_of_start(model, TensorDataset(x, y), tasks, config, augment, compute)
 
     other_x = x.clone()
     other_x[-1, 0, 0, 0] += 1e-3
@@ -121,6 +123,7 @@ def test_each_thing_that_training_is_given_counts():
         digest(config=PrototypingConfig(distillation=0.4)),
         digest(augment=flip_and_crop),
         digest(weight=1e-3),
+        digest(compute="cuda"),
     }
-    assert len(digests) == 7
+    assert len(digests) == 8
     assert digest() in digests

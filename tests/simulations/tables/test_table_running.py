@@ -14,7 +14,7 @@ from simulations.settings import Settings, SettingsError
 from simulations.tables.command import run_table
 from simulations.tables.definition import read_table
 from simulations.tables.rates import rates_of
-from simulations.tables.running import OPTIONS, TableRun, write_options
+from simulations.tables.running import OPTIONS, Part, TableRun, write_options
 
 OWN = """
 title = "Own"
@@ -197,3 +197,21 @@ def test_who_stops_a_table_is_told_how_to_go_on_and_no_process_is_left(tmp_path:
         command_line.main()
     assert len(processes) == 1
     assert processes[0].wait(timeout=20) != 0
+
+
+def test_only_the_rows_asked_for_are_run(tmp_path: Path):
+    table = read_table(own_table(tmp_path, f'{OWN}[[row]]\nname = "second"\ndataset = "digits"\n'))
+    seen: list[str] = []
+
+    class Watched(TableRun):
+        def _run(self, part: Part) -> str:
+            seen.append(part.row.name)
+            return ""
+
+    Watched(table, tmp_path / "runs", QUIET).run(1, ["second"])
+    assert set(seen) == {"second"}
+    with pytest.raises(SettingsError, match="got 'third'"):
+        Watched(table, tmp_path / "runs", QUIET).run(1, ["third"])
+    command = Watched(table, tmp_path, QUIET, compute="cuda")
+    part = command.parts(table.rows[0])[0]
+    assert command._command(part)[-2:] == ["--compute", "cuda"]
