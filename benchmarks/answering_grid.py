@@ -56,7 +56,9 @@ class AnsweringGrid(Grid):
         return ids
 
     def _told(self, message: Message) -> RecordDict:
-        device = int(np.searchsorted(self._node_ids, message.metadata.dst_node_id))
+        # Of numpy's own type, or all ids would be converted, at each message and to floats.
+        node_id = np.uint64(message.metadata.dst_node_id)
+        device = int(np.searchsorted(self._node_ids, node_id))
         importance = {}
         if message.content.array_records:
             rng = np.random.default_rng(device)

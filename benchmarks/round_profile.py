@@ -62,6 +62,7 @@ SERVER = (
     ("unpack", f"{_FEDERATION}.replies", "Training.__iter__"),
     ("unpack", f"{_FEDERATION}.replies", "Training._read"),
     ("unpack", f"{_FEDERATION}.replies", "update_norm"),
+    ("unpack", f"{_ADAPTATION}.outliers", "ChangeNorm.of"),
     ("merge", f"{_FEDERATION}.strategy", "ECLM.merge"),
     ("merge", f"{_FEDERATION}.cloud", "CloudModel.after"),
     # Waiting for devices, and the engine itself.

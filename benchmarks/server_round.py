@@ -37,6 +37,7 @@ def main(
     window: Annotated[
         int | None, typer.Option(help="Most requests of ECLM under way; its default if not given.")
     ] = None,
+    budget_every: Annotated[int, typer.Option(help="Of ECLM: rounds a budget is fresh.")] = 1,
     version: Annotated[str, typer.Option(help="Of the code, noted in the rows.")] = "after",
     out: Annotated[Path, typer.Option(help="A CSV file.")] = RESULTS / "server_round.csv",
 ) -> None:
@@ -48,7 +49,13 @@ def main(
             for repetition in range(repetitions):
                 for name in STRATEGIES[:: 1 if repetition % 2 == 0 else -1]:
                     rows += processes.submit(
-                        run, name, number, rounds=rounds, repetition=repetition, window=window
+                        run,
+                        name,
+                        number,
+                        rounds=rounds,
+                        repetition=repetition,
+                        window=window,
+                        budget_every=budget_every,
                     ).result()
                     frame = pd.DataFrame(rows)
                     frame.insert(0, "version", version)

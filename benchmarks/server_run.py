@@ -82,7 +82,13 @@ def train_fedavg(msg: Message, context: Context) -> Message:
 
 
 def run(
-    name: str, devices: int, *, rounds: int, repetition: int, window: int | None
+    name: str,
+    devices: int,
+    *,
+    rounds: int,
+    repetition: int,
+    window: int | None,
+    budget_every: int = 1,
 ) -> list[dict[str, Any]]:
     """Run a strategy in this process; measure its rounds and this process's memory.
 
@@ -98,6 +104,8 @@ def run(
         Noted in the rows.
     window : int, optional
         Of ECLM: requests under way at a time.
+    budget_every : int (default: 1)
+        Of ECLM: rounds after which a device is asked for its budget again.
     """
     torch.set_num_threads(1)  # two would wait for each other where workers need the cores
     model = model_of_process()
@@ -115,7 +123,8 @@ def run(
         strategy: Strategy
         if name == "ECLM":
             options = {} if window is None else {"window": window}
-            strategy, initial = ECLM(model, **everyone, **options), model.state_dict()
+            strategy = ECLM(model, budget_every=budget_every, **everyone, **options)
+            initial = model.state_dict()
         else:
             strategy, initial = FedAvg(**everyone), model.body.state_dict()
 
@@ -157,6 +166,7 @@ def run(
             "strategy": name,
             "devices": devices,
             "window": window,
+            "budget_every": budget_every if name == "ECLM" else None,
             "repetition": repetition,
             "round": number,
             "seconds": ends[number] - ends[number - 1],

@@ -61,6 +61,7 @@ class RunningMean:
             layer.name: [key for key in layer.axes if self.state[key].is_floating_point()]
             for layer in self.layers
         }
+        self._packed: dict[str, Tensor] = {}  # of modules, once there is an update
         self._examples = 0.0  # behind the shared part so far
         self._weight = {layer.name: np.zeros(layer.modules) for layer in self.layers}
 
@@ -69,6 +70,9 @@ class RunningMean:
         if self._examples == 0:  # the first one: until now the tensors are the caller's own
             for key in (*self._shared, *(k for keys in self._modular.values() for k in keys)):
                 self.state[key] = self.state[key].clone()  # in the same order of memory
+            for layer in self.layers:
+                for key in self._modular[layer.name]:
+                    self._packed[key] = layer.packed(key, self.state[key])
         # A mean moves towards what comes by the share of its weight: all of the way at first, so
         # that a value alone is taken as it is, and not at all where all agree.
         self._examples += update.num_examples
@@ -80,11 +84,13 @@ class RunningMean:
             so_far = self._weight[layer.name]
             so_far[modules] += weights
             shares = weights / so_far[modules]
+            index, by = torch.tensor(modules), torch.from_numpy(shares)
             for key in self._modular[layer.name]:
-                mean = layer.packed(key, self.state[key])
-                came = layer.packed(key, update.state[key])
+                mean, came = self._packed[key], layer.packed(key, update.state[key])
                 if came.numel() <= _SMALL and came.dtype in _EXACT:
-                    _move_together(mean, came, modules, shares)
+                    moved = mean.index_select(0, index)
+                    moved.lerp_(came, by.to(mean.dtype).view(-1, *[1] * (mean.ndim - 1)))
+                    mean.index_copy_(0, index, moved)
                     continue
                 pieces = mean.unbind()
                 for module, piece, share in zip(modules, came.unbind(), shares, strict=True):
@@ -98,13 +104,6 @@ class RunningMean:
         # A module of no importance to any of its holders still counts: their plain mean.
         importance = update.importance[layer.name][modules]
         return np.maximum(importance * examples, np.finfo(float).tiny)
-
-
-def _move_together(mean: Tensor, came: Tensor, modules: list[int], shares: np.ndarray) -> None:
-    """Move some modules' mean ``[N, ...]`` towards what came ``[m, ...]``, each by its share."""
-    index = torch.tensor(modules)
-    by = torch.tensor(shares, dtype=mean.dtype).view(-1, *[1] * (mean.ndim - 1))
-    mean.index_copy_(0, index, mean.index_select(0, index).lerp_(came, by))
 
 
 def merge(

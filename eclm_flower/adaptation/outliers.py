@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -117,25 +118,56 @@ class Peers:
         return None
 
 
+class ChangeNorm:
+    """Measures how much updates change: once a round it looks at the state they started from.
+
+    Parameters
+    ----------
+    state : dict[str, Tensor]
+        The cloud model's body as devices got it.
+    layers : iterable of ModuleLayer
+        Its module layers.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], layers: Iterable[ModuleLayer]) -> None:
+        self._layer_of = {key: layer for layer in layers for key in layer.axes}
+        self._before = {
+            key: layer.packed(key, tensor) if (layer := self._layer_of.get(key)) else tensor[None]
+            for key, tensor in state.items()
+        }
+        self._scratch = {
+            dtype: torch.empty(_IN_CACHE, dtype=dtype)
+            for dtype in {tensor.dtype for tensor in state.values()}
+        }
+
+    def of(self, update: Update) -> float:
+        """Root mean square, over all values a device holds, of their change.
+
+        It is not finite if a value is not, or if a change is too large for its square to be a
+        number.
+        """
+        held = {name: (list(of), torch.tensor(of)) for name, of in update.selection.items()}
+        whole = [0], torch.tensor([0])
+        squares, values = 0.0, 0
+        for key, tensor in update.state.items():
+            layer = self._layer_of.get(key)
+            after = layer.packed(key, tensor) if layer else tensor[None]
+            modules, index = held[layer.name] if layer else whole
+            before, scratch = self._before[key], self._scratch[tensor.dtype]
+            if after.numel() <= _SMALL:
+                change = before.index_select(0, index).sub_(after).view(-1)
+                squares += float(torch.dot(change, change))
+            else:
+                squares += _squared_distance(before, after, modules, scratch)
+            values += tensor.numel()
+        return float(np.sqrt(squares / values))
+
+
 def update_norm(
     update: Update, state: Mapping[str, Tensor], layers: Iterable[ModuleLayer]
 ) -> float:
-    """Root mean square, over all values a device holds, of their change.
-
-    It is not finite if a value is not, or if a change is too large for its square to be a number.
-    """
-    layer_of = {key: layer for layer in layers for key in layer.axes}
-    scratch = {t.dtype: torch.empty(_IN_CACHE, dtype=t.dtype) for t in update.state.values()}
-    squares, values = 0.0, 0
-    for key, after in update.state.items():
-        if layer := layer_of.get(key):
-            old, new = layer.packed(key, state[key]), layer.packed(key, after)
-            held = list(update.selection[layer.name])
-        else:
-            old, new, held = state[key][None], after[None], [0]
-        squares += _squared_distance(old, new, held, scratch[after.dtype])
-        values += after.numel()
-    return float(np.sqrt(squares / values))
+    """Measure a single update; see `ChangeNorm`."""
+    return ChangeNorm(state, layers).of(update)
 
 
 def _squared_distance(old: Tensor, new: Tensor, held: list[int], scratch: Tensor) -> float:
@@ -143,23 +175,28 @@ def _squared_distance(old: Tensor, new: Tensor, held: list[int], scratch: Tensor
 
     Differences are computed in pieces that fit into `scratch`, and so into a cache.
     """
-    if new.numel() <= _SMALL:
-        change = old.index_select(0, torch.tensor(held)).sub_(new).view(-1)
-        return float(torch.dot(change, change))
     # In the order of memory, whatever that of the dimensions: it is many times faster.
     order = sorted(range(1, new.ndim), key=new.stride, reverse=True)
     before = old.permute(0, *order).unbind()
     after = new.permute(0, *order).unbind()
-    longest = max(range(new.ndim - 1), key=lambda dim: after[0].shape[dim], default=0)
+    shape = list(after[0].shape)
+    longest = max(range(len(shape)), key=shape.__getitem__, default=0)
+    length, size = (shape[longest], after[0].numel()) if shape else (1, 1)
+    together = max(1, len(scratch) * length // size)
     total = 0.0
-    for module, whole in zip(held, after, strict=True):
-        together = max(1, len(scratch) * whole.shape[longest] // whole.numel())
-        pieces = torch.split(whole, together, longest)
-        starts = torch.split(before[module], together, longest)
-        for piece, start in zip(pieces, starts, strict=True):
-            if len(scratch) < piece.numel():
-                scratch = scratch.new_empty(piece.numel())
-            change = scratch[: piece.numel()]
-            torch.sub(piece, start, out=change.view(piece.shape))
+    for start in range(0, length, together):
+        if shape:
+            shape[longest] = min(together, length - start)
+        number = math.prod(shape)
+        if len(scratch) < number:
+            scratch = scratch.new_empty(number)
+        change = scratch[:number]
+        shaped = change.view(shape)
+        for module, whole in zip(held, after, strict=True):
+            piece, other = whole, before[module]
+            if number < size:
+                piece = piece.narrow(longest, start, shape[longest])
+                other = other.narrow(longest, start, shape[longest])
+            torch.sub(piece, other, out=shaped)
             total += float(torch.dot(change, change))
     return total

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord,
 from flwr.common.logger import log
 from torch import Tensor
 
-from eclm_flower.adaptation.outliers import FIRST, Limits, Peers, update_norm
+from eclm_flower.adaptation.outliers import FIRST, ChangeNorm, Limits, Peers
 from eclm_flower.adaptation.profile import Importance
 from eclm_flower.adaptation.update import (
     Update,
@@ -137,6 +137,7 @@ class Training:
         self._importance = importance
         self._arrays, self._weight = arrayrecord_key, weighted_by_key
         self._peers = Peers(limits, usual)
+        self._norm = ChangeNorm(state, self._layers)
         self._sent_as, self._differences = sent_as, differences
         self._contents: dict[int, RecordDict] = {}
         self._counts: Counter[str] = Counter()
@@ -203,7 +204,7 @@ class Training:
             importance=self._importance.get(request.device, {}),
             num_examples=float(weight),  # type: ignore[arg-type]
         )
-        norm = update_norm(update, self._state, self._layers)
+        norm = self._norm.of(update)
         if not math.isfinite(norm):  # which says that something is wrong, but not what
             check_update(update, self._state, self._layers)
         return update, norm
