@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import typer
-from click.core import ParameterSource
 
 from simulations.presets import read_preset
 from simulations.settings import SettingsError, engines
@@ -58,7 +57,9 @@ def with_preset(
     options = dict(options)
     if preset := options.pop("preset"):
         for name, value in read_preset(preset).items():
-            given = context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+            source = context.get_parameter_source(name)
+            # By name: newer versions of typer come with a click, and an enumeration, of their own.
+            given = source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
             if not given and name not in but:
                 options[name] = value
     if options.get("engine", engines()[0]) not in engines():

@@ -45,16 +45,16 @@ class Request:
         Its number.
     selection : dict[str, sequence of int]
         Its modules.
-    mixture : Tensor, optional
-        ``[S]``: the sub-tasks whose delta modules are merged into its sub-model; None: of none.
     metadata : Metadata, optional
         Of the message, once that is made; Flower writes the message id into it when it is pushed.
+    mixture : Tensor, optional
+        ``[S]``: the sub-tasks whose delta modules are merged into its sub-model; None: of none.
     """
 
     device: int
     selection: Selection
-    mixture: Tensor | None = None
     metadata: Metadata | None = None
+    mixture: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def configure(
         else:
             strategy.selections[profile.device] = derived
             mixture = strategy.mixture(profile)
-            phase.requests.append(Request(profile.device, derived, mixture))
+            phase.requests.append(Request(profile.device, derived, mixture=mixture))
     config["server-round"] = server_round  # as Flower's FedAvg does
     return _packed(strategy, phase.requests, config, message_type)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from simulations.results import NOTES, ROWS, read, to_frame
-from simulations.settings import Settings
+from simulations.settings import Settings, SettingsError, option
 from simulations.tables.definition import TableDefinition, TableRow
 from simulations.tables.rates import rates_of
 from simulations.tables.rows import Rows, identity, read_rows, write_rows
@@ -190,7 +190,18 @@ class TableRun:
         notes, results = part.folder / NOTES, part.folder / ROWS
         if not (notes.exists() and results.exists()):
             return
-        finished = {(name, seed) for name, seed in json.loads(notes.read_text())["done"]}
+        told = json.loads(notes.read_text())
+        made, meant = (
+            identity(settings)
+            for settings in (Settings.from_json(json.dumps(told["settings"])), part.settings)
+        )
+        if made != meant:
+            other = [name for name in {**made, **meant} if made.get(name) != meant.get(name)]
+            raise SettingsError(
+                f"Expected the run in {part.folder} to have the settings of row {part.row.name}, "
+                f"got another {', '.join(map(option, other))}; remove the folder."
+            )
+        finished = {(name, seed) for name, seed in told["done"]}
         frame = to_frame([row for row in read(results) if (row.strategy, row.seed) in finished])
         with self._lock:
             rows = self.rows[part.row.name]

@@ -215,3 +215,13 @@ def test_only_the_rows_asked_for_are_run(tmp_path: Path):
     command = Watched(table, tmp_path, QUIET, compute="cuda")
     part = command.parts(table.rows[0])[0]
     assert command._command(part)[-2:] == ["--compute", "cuda"]
+
+
+def test_a_run_of_other_settings_is_not_taken_for_the_row(tmp_path: Path):
+    run_own(tmp_path, OWN.replace('"0,1"', '"0"').replace('"nested,eclm"', '"nested"'), jobs=1)
+    (notes,) = (tmp_path / "runs").glob("own/small/*/run.json")
+    notes.write_text(notes.read_text().replace('"devices": 4', '"devices": 5'))
+    for file in (tmp_path / "own").glob("small*"):
+        file.unlink()
+    with pytest.raises(SettingsError, match=r"of row small, got another --devices; remove"):
+        run_own(tmp_path, OWN.replace('"0,1"', '"0"').replace('"nested,eclm"', '"nested"'), jobs=1)
