@@ -71,6 +71,15 @@ def to_array(tensor: Tensor) -> Array:
     return Array(str(values.dtype), values.shape, _NPY, b"".join((header.getvalue(), flat.data)))
 
 
+def in_rows(arrays: ArrayRecord) -> ArrayRecord:
+    """Return arrays as users expect them, each in row-major order; the same objects if they are."""
+    result = ArrayRecord()
+    for key, array in arrays.items():
+        values = array.numpy()
+        result[key] = array if values.flags.c_contiguous else Array(np.ascontiguousarray(values))
+    return result
+
+
 def to_tensors(arrays: ArrayRecord, prefix: str = "") -> dict[str, Tensor]:
     """Turn the arrays whose keys start with `prefix` into tensors, keyed without it."""
     return {

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Result
 
 from eclm_flower.federation.checkpoint import Checkpoint, CheckpointFolder
 from eclm_flower.federation.exchange import stream
+from eclm_flower.federation.messages import in_rows
 from eclm_flower.federation.phase import metric_lines
 from eclm_flower.federation.run_state import (
     RunState,
@@ -82,6 +83,7 @@ def run_rounds(
         log_lines(lines)
 
     log(INFO, "Finished %s rounds in %.1f s", num_rounds, time.monotonic() - start)
+    result.arrays = in_rows(result.arrays)  # so that they can be saved as they are
     return result
 
 
@@ -158,7 +160,7 @@ def _evaluate_in_the_cloud(
 ) -> list[str]:
     if evaluate_fn is None:
         return []
-    metrics = evaluate_fn(server_round, arrays)
+    metrics = evaluate_fn(server_round, in_rows(arrays))
     if metrics is not None:
         result.evaluate_metrics_serverapp[server_round] = metrics
     lines = metric_lines("cloud metrics", metrics)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torchvision
-from federated import grid_of
+from federated import build_model, eclm_app, grid_of
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from eclm_flower import modularize
+from eclm_flower import ECLM, modularize
 from eclm_flower.federation import content_bytes
 from eclm_flower.federation.cloud import CloudModel
 from eclm_flower.federation.messages import BATCH_NORM
@@ -39,3 +39,18 @@ def test_a_message_never_exceeds_its_price(name, gating):
         sent = content_bytes(RecordDict({"arrays": arrays, "config": told}))
         price = model.costs.of(selection).communication_bytes
         assert sent <= price <= sent + 8192
+
+
+def test_what_a_run_returns_and_shows_is_in_rows():
+    """Or safetensors, and whoever else wants contiguous tensors, would refuse it."""
+    model, shown = build_model(), []
+
+    def look(server_round, arrays):
+        shown.append(arrays)
+
+    result = ECLM(model).start(
+        grid_of(eclm_app()), ArrayRecord(model.state_dict()), num_rounds=1, evaluate_fn=look
+    )
+    for arrays in (result.arrays, *shown):
+        assert all(t.is_contiguous() for t in arrays.to_torch_state_dict().values())
+    assert len(shown) == 2
