@@ -80,7 +80,8 @@ class TableRun:
         self.rows: dict[str, Rows] = {}
         for row in table.rows:
             self.rows[row.name] = rows = read_rows(table.results, row.name)
-            rows.check(self.settings(row), table.results / row.name)
+            if rows.settings:  # one that has no results yet may lack its learning rates
+                rows.check(self.settings(row), table.results / row.name)
 
     def settings(self, row: TableRow) -> Settings:
         """Return a row's settings, with tuned learning rates."""

@@ -225,3 +225,11 @@ def test_a_run_of_other_settings_is_not_taken_for_the_row(tmp_path: Path):
         file.unlink()
     with pytest.raises(SettingsError, match=r"of row small, got another --devices; remove"):
         run_own(tmp_path, OWN.replace('"0,1"', '"0"').replace('"nested,eclm"', '"nested"'), jobs=1)
+
+
+def test_a_row_without_learning_rates_does_not_stop_the_others(tmp_path: Path):
+    second = '[[row]]\nname = "second"\ndataset = "digits"\ntuned = "second"\n'
+    table_run = TableRun(read_table(own_table(tmp_path, OWN + second)), tmp_path, QUIET)
+    assert len(table_run.parts(table_run._table.rows[0])) == 2
+    with pytest.raises(SettingsError, match="Expected tuned learning rates for the row second"):
+        table_run.run(1, ["second"])
