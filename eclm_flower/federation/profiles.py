@@ -77,7 +77,7 @@ class Profiles:
         *,
         until: Deadline,
         costs: CostTable,
-        sub_tasks: int,
+        sub_tasks: int = 0,
         traffic: Traffic,
     ) -> Counter[str]:
         """Ask devices for their budget, and for their importance where it is missing or old.
