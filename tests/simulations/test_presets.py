@@ -1,5 +1,6 @@
 """Presets that come along are sound, and a user's own are read with care."""
 
+import enum
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from simulations.presets import FOLDER, known_presets, read_preset
+from simulations.run_options import with_preset
 from simulations.settings import DATASETS, Settings, SettingsError
 from strategies import METHODS
 
@@ -55,3 +57,21 @@ def test_the_flower_app_has_every_option_with_its_default():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     assert {key.replace("-", "_") for key in table} == {field.name for field in fields(Settings)}
     assert Settings.from_run_config(table) == Settings.suited(out="runs/latest")
+
+
+def test_a_preset_holds_where_the_command_line_has_an_enumeration_of_its_own(tmp_path: Path):
+    """Newer versions of typer come with a click, and so a `ParameterSource`, of their own."""
+
+    class Source(enum.Enum):
+        COMMANDLINE = 1
+        DEFAULT = 3
+
+    class Context:
+        def get_parameter_source(self, name: str) -> Source:
+            return Source.COMMANDLINE if name == "rounds" else Source.DEFAULT
+
+    path = tmp_path / "own.toml"
+    path.write_text("rounds = 7\ndevices = 9\n")
+    options = {"preset": str(path), "rounds": 2, "devices": 20}
+    merged = with_preset(Context(), options)
+    assert (merged["rounds"], merged["devices"]) == (2, 9)
