@@ -1,8 +1,8 @@
 """What delta modules add to nested sub-models, and what it costs to take a device for another.
 
 Offline stage only, no rounds. From one trained whole model, nested sub-models are trained as
-deployed, and beside them, on the same batches, a difference for each sub-task (a view, or a class),
-whose scale is chosen on held-out proxy data. Then every simulated device tests, on
+deployed, then, on top of them, a difference for each sub-task (a view, or a class), whose scale is
+chosen on held-out proxy data. Then every simulated device tests, on
 its own test data, the sub-model it would be sent::
 
     python -m benchmarks.deltas --data-dir DATA --seeds 0,1 --out benchmarks/results/deltas.csv
@@ -49,6 +49,7 @@ from eclm_flower.prototyping.stages import (
     budget_of,
     mean_gates,
     train_as_deployed,
+    train_deltas,
     train_selector,
 )
 from simulations.accuracies import accuracies
@@ -158,7 +159,7 @@ def nested_choice(model: ModularModel) -> Choice:
 
 
 def trained(start: Start) -> ModularModel:
-    """Train nested sub-models as deployed, deltas beside them, and a selector of sub-tasks."""
+    """Train nested sub-models as deployed, deltas on top, and a selector of sub-tasks."""
     model = copy.deepcopy(start.whole)
     deltas = model.add_deltas()
     generator = torch.Generator().manual_seed(start.config.seed)
@@ -169,6 +170,8 @@ def trained(start: Start) -> ModularModel:
     choose = nested_choice(model)
     for loss in train_as_deployed(model, start.train, choose, start.config, generator):
         print(f"  nested sub-models: loss {loss:.3f}", flush=True)
+    for loss in train_deltas(model, start.train, choose, start.config, generator):
+        print(f"  delta modules: loss {loss:.3f}", flush=True)
     return model.eval()
 
 

@@ -70,7 +70,7 @@ def prepare(
     """
     config = replace(config, epochs=0)
     if offline in ("no-deltas", "chosen", "split"):
-        config = replace(config, delta_rate=0)
+        config = replace(config, delta_epochs=0)
     if offline == "chosen":
         config = replace(config, core_modules=CHOSEN_CORE)
     if offline in ("whole", "split"):

@@ -64,9 +64,12 @@ class PrototypingConfig:
         Epochs of the last stage: sub-models as deployed, or the paper's ability enhancing.
     enhancing_learning_rate : float (default: 0.025)
         Peak, same schedule.
+    delta_epochs : int, optional
+        Epochs of training delta modules alone, after sub-models as deployed. None (default): twice
+        `enhancing_epochs`, since each learns from the devices of its sub-task only. 0: the model
+        gets no delta modules. Not in the paper.
     delta_rate : float (default: 3.0)
-        Learning rate of delta modules in this stage, as a multiple: each learns from the devices of
-        its sub-task alone. 0: the model gets no delta modules. Not in the paper.
+        Peak of their learning rate, as a multiple of `enhancing_learning_rate`.
     delta_scales : tuple[float, ...] (default: (0, 0.5, 1))
         Of these, delta modules are multiplied by what makes sub-models as deployed most accurate on
         proxy data that was held out, sub-tasks inferred; the most cautious first. 0: none are used.
@@ -116,6 +119,7 @@ class PrototypingConfig:
     selector_learning_rate: float = 2e-3
     enhancing_epochs: int = 9
     enhancing_learning_rate: float = 0.025
+    delta_epochs: int | None = None
     delta_rate: float = 3.0
     delta_scales: tuple[float, ...] = (0.0, 0.5, 1.0)
     held_out: float = 0.1
@@ -154,6 +158,7 @@ class PrototypingConfig:
             "core_modules",
             "gate_noise",
             "order_decay",
+            "delta_epochs",
             "delta_rate",
         ):
             value = getattr(self, name)
@@ -173,3 +178,8 @@ class PrototypingConfig:
             )
         if not self.budget_shares or not all(0 < share <= 1 for share in self.budget_shares):
             raise PrototypingError(f"Expected budget_shares in (0, 1], got {self.budget_shares}.")
+
+    @property
+    def epochs_of_deltas(self) -> int:
+        """Epochs of training delta modules."""
+        return 2 * self.enhancing_epochs if self.delta_epochs is None else self.delta_epochs

@@ -31,6 +31,7 @@ from eclm_flower.prototyping.stages import (
     enhance_abilities,
     mean_gates,
     train_as_deployed,
+    train_deltas,
     train_end_to_end,
     train_selector,
     train_whole,
@@ -208,7 +209,7 @@ def _as_deployed(
             )
         )
     held_out = None
-    if model.sub_tasks and config.delta_rate > 0 and config.enhancing_epochs > 0:
+    if model.sub_tasks and config.epochs_of_deltas > 0:
         if proxy.num_sub_tasks != model.sub_tasks:
             raise PrototypingError(
                 f"Expected proxy data of the {model.sub_tasks} sub-tasks the model was modularised "
@@ -233,6 +234,11 @@ def _as_deployed(
         config.enhancing_epochs,
     )
     if held_out is not None:
+        run(
+            "delta modules",
+            train_deltas(model, proxy, choose, config, generator),
+            config.epochs_of_deltas,
+        )
         report.delta_scales = choose_scale(model, held_out, choose, config)
 
 

@@ -122,6 +122,11 @@ class ProxyData:
         """Augment a batch, if an augmentation was given."""
         return self.augment(x, generator) if self.augment else x
 
+    def labelled(self, rows: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return rows as a training batch ``(x, y)``, augmented."""
+        (x, y, _), *_ = self.batches([rows])
+        return self.augmented(x, generator), y
+
     def device_rows(
         self, sub_tasks: Sequence[int], samples: int, rng: np.random.Generator
     ) -> list[int]:

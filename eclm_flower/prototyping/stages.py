@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from eclm_flower.adaptation.derivation import derive
 from eclm_flower.adaptation.profile import Budget
+from eclm_flower.errors import PrototypingError
 from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.deltas import equal_mixture
 from eclm_flower.modular.model import ModularModel
@@ -210,21 +211,13 @@ def train_as_deployed(
     model as it was before; the whole model trains on samples of all sub-tasks beside them. Batch
     norm statistics are frozen, as on devices.
 
-    Delta modules, if the model has some, train on the same batches, merged into the sub-models. The
-    model trains as it does without them, to the last bit, so that to multiply them by 0 is no loss.
-
     Parameters
     ----------
     choose : callable
         What the online stage will send to whom.
     """
-    deltas = model.deltas
     rng = np.random.default_rng(config.seed)
     whole_logits = _logits(model, data, config) if config.distillation else None
-
-    def labelled(rows: list[int]) -> tuple[Tensor, Tensor]:
-        (x, y, _), *_ = data.batches([rows])
-        return data.augmented(x, generator), y
 
     def loss_of(state: Mapping[str, Tensor], x: Tensor, y: Tensor, rows: list[int]) -> Tensor:
         logits = functional_call(model.body, dict(state), (x,))
@@ -236,39 +229,80 @@ def train_as_deployed(
             loss = (1 - config.distillation) * loss + config.distillation * t * t * distilled
         return loss
 
-    model.train()
-    for layer in model.body.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.eval()
+    _train_as_on_devices(model)
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
     steps, rate = config.enhancing_epochs * steps_per_epoch, config.enhancing_learning_rate
     descent = _Descent(model.body.parameters(), config, rate, steps)
-    if deltas is not None:
-        differences = deltas.tensors.values()
-        delta_descent = _Descent(differences, config, config.delta_rate * rate, steps)
     everything = range(data.num_sub_tasks)
     shares = itertools.cycle(config.budget_shares)
     for _ in range(config.enhancing_epochs):
         losses = []
         for _ in range(steps_per_epoch):
-            x, y = labelled(data.device_rows(everything, config.whole_samples, rng))
-            parts, delta_parts = [F.cross_entropy(model.body(x), y)], []
+            rows = data.device_rows(everything, config.whole_samples, rng)
+            x, y = data.labelled(rows, generator)
+            parts = [F.cross_entropy(model.body(x), y)]
             for share in itertools.islice(shares, config.devices_per_step):
                 sub_tasks = draw_sub_tasks(data.num_sub_tasks, config, rng)
                 rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
-                x, y = labelled(rows)
+                x, y = data.labelled(rows, generator)
                 selection = choose(sub_tasks, budget_of(model.costs, share), rng)
-                state = model.narrowed_state(selection)
-                parts.append(loss_of(state, x, y, rows))
-                if deltas is not None:
-                    shared = {key: tensor.detach() for key, tensor in state.items()}
-                    mixture = equal_mixture(sub_tasks, data.num_sub_tasks)
-                    merged = deltas.merged(shared, selection, mixture)
-                    delta_parts.append(loss_of(merged, x, y, rows))
+                parts.append(loss_of(model.narrowed_state(selection), x, y, rows))
             losses.append(descent.step(torch.stack(parts).mean()))
-            if deltas is not None:
-                delta_descent.step(torch.stack(delta_parts).mean())
         yield float(np.mean(losses))
+
+
+def train_deltas(
+    model: ModularModel,
+    data: ProxyData,
+    choose: Choice,
+    config: PrototypingConfig,
+    generator: torch.Generator,
+) -> Stage:
+    """Train delta modules, merged into sub-models as deployed (not in the paper).
+
+    The model is as it will be sent and stays so: to multiply its delta modules by 0 is no loss.
+    Simulated devices are drawn as in `train_as_deployed`, budgets too; each delta module learns
+    from the devices of its sub-task.
+
+    Parameters
+    ----------
+    choose : callable
+        What the online stage will send to whom.
+    """
+    deltas = model.deltas
+    if deltas is None:
+        raise PrototypingError("Expected a model with delta modules to train; see add_deltas.")
+    rng = np.random.default_rng(config.seed)
+    _train_as_on_devices(model)
+    steps_per_epoch = math.ceil(len(data) / config.batch_size)
+    steps = config.epochs_of_deltas * steps_per_epoch
+    rate = config.delta_rate * config.enhancing_learning_rate
+    descent = _Descent(deltas.tensors.values(), config, rate, steps)
+    shares = itertools.cycle(config.budget_shares)
+    for _ in range(config.epochs_of_deltas):
+        losses = []
+        for _ in range(steps_per_epoch):
+            parts = []
+            for share in itertools.islice(shares, config.devices_per_step):
+                sub_tasks = draw_sub_tasks(data.num_sub_tasks, config, rng)
+                rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
+                x, y = data.labelled(rows, generator)
+                selection = choose(sub_tasks, budget_of(model.costs, share), rng)
+                with torch.no_grad():
+                    state = model.narrowed_state(selection)
+                mixture = equal_mixture(sub_tasks, data.num_sub_tasks)
+                merged = deltas.merged(state, selection, mixture)
+                parts.append(F.cross_entropy(functional_call(model.body, merged, (x,)), y))
+            losses.append(descent.step(torch.stack(parts).mean()))
+        yield float(np.mean(losses))
+
+
+def _train_as_on_devices(model: ModularModel) -> None:
+    """Put a model in training mode, batch norm statistics frozen."""
+    model.train()
+    for layer in model.body.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
 
 
 def budget_of(costs: CostTable, share: float) -> Budget:

@@ -14,7 +14,12 @@ from eclm_flower.modular.selector import DELTAS
 from eclm_flower.prototyping import PrototypingConfig, accuracy, prototype
 from eclm_flower.prototyping.delta_scale import choose_scale
 from eclm_flower.prototyping.proxy import ProxyData
-from eclm_flower.prototyping.stages import mean_gates, train_as_deployed, train_selector
+from eclm_flower.prototyping.stages import (
+    mean_gates,
+    train_as_deployed,
+    train_deltas,
+    train_selector,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The narrowest selector")
 
@@ -60,6 +65,9 @@ def trained(config=CONFIG, *, deltas=True):
     generator = torch.Generator().manual_seed(0)
     stage = train_as_deployed(model, PROXY, quarter, config, generator)
     assert len(list(stage)) == config.enhancing_epochs
+    if deltas:
+        stage = train_deltas(model, PROXY, quarter, config, generator)
+        assert len(list(stage)) == config.epochs_of_deltas
     return model.eval()
 
 
@@ -125,19 +133,18 @@ def test_deltas_that_harm_or_do_nothing_are_not_used(specialised):
         assert scaled(specialised, by)[1].deltas.empty
 
 
-def test_deltas_of_sub_tasks_that_nobody_can_tell_apart_are_not_used(specialised):
+def test_deltas_of_sub_tasks_that_are_taken_for_others_are_not_used(specialised):
     model = build()
     model.load_state_dict(specialised.state_dict())
-    with torch.no_grad():
-        model.selector.heads.weight.zero_()
-        model.selector.heads.bias.zero_()
-        model.selector.heads.bias[-1] = 5.0  # everything looks like the last sub-task
+    with torch.no_grad():  # each of the two looks like the other
+        for tensor in (model.selector.heads.weight, model.selector.heads.bias):
+            tensor[-2:] = tensor[-2:].flip(0)
     accuracies = choose_scale(model, HELD_OUT, quarter, CONFIG)
     assert accuracies[1.0] < accuracies[0.0]
     assert model.deltas.empty
 
 
-def test_the_model_trains_as_without_deltas_to_the_last_bit():
+def test_the_model_is_as_without_deltas_to_the_last_bit():
     config = PrototypingConfig(enhancing_epochs=3, budget_shares=(0.25,))
     with_deltas, plain = trained(config), trained(config, deltas=False)
     for key, tensor in plain.state_dict().items():
@@ -168,16 +175,18 @@ def test_the_offline_stage_makes_nested_sub_models_with_deltas():
     report = prototype(model, PROXY.data, sub_tasks=PROXY.sub_tasks, config=SHORT, progress=False)
     assert not model.deltas.empty
     assert list(report.delta_scales) == [1.0]
-    assert {"whole model", "selector", "sub-models as deployed"} == set(report.losses)
+    stages = ["whole model", "selector", "sub-models as deployed", "delta modules"]
+    assert list(report.losses) == stages
+    assert len(report.losses["delta modules"]) == 2 * SHORT.enhancing_epochs
     gates = model.importance([X[:50]])
     assert (np.diff(gates["0"]) < 0).all()
     np.testing.assert_allclose(gates["0"], model.importance([X[50:90]])["0"])
     np.testing.assert_allclose(model.deltas.gates.sum(dim=1), 1)
 
 
-def test_without_a_rate_there_are_no_deltas():
+def test_without_epochs_there_are_no_deltas():
     model = build(deltas=False)
-    config = PrototypingConfig(epochs=1, enhancing_epochs=1, delta_rate=0)
+    config = PrototypingConfig(epochs=1, enhancing_epochs=1, delta_epochs=0)
     report = prototype(model, PROXY.data, sub_tasks=PROXY.sub_tasks, config=config, progress=False)
     assert model.deltas is None
     assert report.delta_scales == {}
