@@ -209,9 +209,9 @@ def table(
         bool, Option("--report", help="Only report what is there, from committed rows alone.")
     ] = False,
     redo: Annotated[
-        str, Option(help="Comma separated strategies whose results are run anew.")
+        str, Option(help="Comma separated strategies that are run, or tuned, anew.")
     ] = "",
-    only: Annotated[str, Option(help="Comma separated names of the rows to run; else all.")] = "",
+    only: Annotated[str, Option(help="Comma separated rows to run, or tune; else all.")] = "",
     compute: Annotated[str, Option(help="Where models compute: cpu or cuda.")] = "cpu",
     page: Annotated[
         str, Option(help="A page whose part for this table is brought up to date.")

@@ -32,6 +32,7 @@ def tune(
     command: str,
     console: Console,
     verbose: bool = False,
+    known: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Run all trials and write the rates, and beside them the means of all trials as ``.csv``.
 
@@ -50,13 +51,15 @@ def tune(
         Noted in that file.
     console : Console
     verbose : bool (default: False)
+    known : DataFrame, optional
+        What trials of other strategies came to before, to be kept.
 
     Returns
     -------
     DataFrame
         A row for each strategy and trial.
     """
-    frames = []
+    frames = [] if known is None else [known]
     for rate in trials:
         trial = replace(
             settings,

@@ -35,7 +35,7 @@ def run_table(
     failures: list[str] = []
     if not report:
         if tune:
-            tune_rows(table, runs, console)
+            tune_rows(table, runs, console, redo=split_list(redo), only=split_list(only))
             return
         table_run = TableRun(table, runs, console, compute=compute)
         if redo:

@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 
 from simulations.settings import SettingsError, read_rates
@@ -61,21 +65,40 @@ def rates_file(table: TableDefinition, tuned: str) -> Path:
 
 
 def tune_rows(
-    table: TableDefinition, runs: Path, console: Console, *, trials: tuple[float, ...] = TRIALS
+    table: TableDefinition,
+    runs: Path,
+    console: Console,
+    *,
+    trials: tuple[float, ...] = TRIALS,
+    redo: Collection[str] = (),
+    only: Collection[str] = (),
 ) -> None:
-    """Tune for every row of this table that one of its rows names, if it isn't done yet."""
+    """Tune for every row of this table that one of its rows names, if it isn't done yet.
+
+    Parameters
+    ----------
+    redo : collection of str
+        Strategies that are tuned anew where it is done; what others came to is kept.
+    only : collection of str
+        Names of the rows to tune on; empty: all.
+    """
     from simulations.tuning import tune
 
     names = dict.fromkeys(row.tuned for row in table.rows if row.tuned and "/" not in row.tuned)
-    for name in names:
-        path = rates_file(table, name)
-        if path.exists():
-            console.print(f"{path.name}: tuned already.")
-            continue
+    for name in [name for name in names if name in only or not only]:
+        path, out = rates_file(table, name), runs / table.name / "tuning" / name
         settings = table.row(name).settings(
-            seeds=SEEDS,
-            out=str(runs / table.name / "tuning" / name),
-            offline_dir=str(runs / "offline"),
+            seeds=SEEDS, out=str(out), offline_dir=str(runs / "offline")
         )
+        known = None
+        if path.exists():
+            anew = tuple(strategy for strategy in settings.strategies if strategy in redo)
+            if not anew:
+                console.print(f"{path.name}: tuned already.")
+                continue
+            known = pd.read_csv(path.with_suffix(".csv"))
+            known = known[~known["strategy"].isin(anew)]
+            settings = replace(settings, strategies=anew, out=f"{out}-anew")
+            shutil.rmtree(settings.out, ignore_errors=True)
         command = f"python -m simulations table {table.name} --tune   # its row {name}"
-        tune(settings, trials, path, command=command, console=console)
+        tune(settings, trials, path, command=command, console=console, known=known)

@@ -91,6 +91,8 @@ class TableRun:
         """Drop the results of some strategies, to run them anew."""
         for row in self._table.rows:
             rows = self.rows[row.name]
+            if not rows.settings:
+                continue  # nothing to forget; and it may lack its learning rates
             for name in ("ends", "course"):
                 frame = getattr(rows, name)
                 if len(frame):
@@ -98,8 +100,7 @@ class TableRun:
             for part in self.parts(row):
                 for file in (ROWS, NOTES):
                     (part.folder / file).unlink(missing_ok=True)
-            if rows.settings:
-                write_rows(rows, self._table.results, row.name)
+            write_rows(rows, self._table.results, row.name)
 
     def parts(self, row: TableRow) -> list[Part]:
         """Return the parts of a row, one a seed."""

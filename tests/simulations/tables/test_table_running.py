@@ -77,8 +77,9 @@ def test_parts_run_once_and_share_what_the_cloud_prepared(tmp_path: Path, capsys
     assert len(started) == 3
     assert (tmp_path / "own" / "small.csv").read_bytes() == first
 
-    # A strategy whose method has changed is run anew.
-    table = read_table(own_table(tmp_path))
+    # A strategy whose method has changed is run anew, whatever rows there are without results.
+    untuned = '[[row]]\nname = "untuned"\ndataset = "digits"\ntuned = "nothing-yet"\n'
+    table = read_table(own_table(tmp_path, OWN + untuned))
     table_run = TableRun(table, tmp_path / "runs", QUIET)
     table_run.forget(["eclm"])
     parts = table_run.parts(table.rows[0])
@@ -160,12 +161,14 @@ def test_tuned_rates_reach_every_strategy_and_variants_take_the_methods(tmp_path
 def test_a_table_tunes_its_rows_once(tmp_path: Path, monkeypatch):
     from simulations import tuning
 
-    asked = []
+    asked, known = [], []
 
-    def tune(settings: Settings, trials: tuple, file: Path, **_: object) -> None:
+    def tune(settings: Settings, trials: tuple, file: Path, **options: object) -> None:
         asked.append((settings, trials))
+        known.append(options["known"])
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("nested = 0.1\neclm = 0.2")
+        file.with_suffix(".csv").write_text("strategy,rate\nnested,0.1\neclm,0.2\n")
 
     monkeypatch.setattr(tuning, "tune", tune)
     for _ in range(2):
@@ -173,6 +176,13 @@ def test_a_table_tunes_its_rows_once(tmp_path: Path, monkeypatch):
     ((settings, trials),) = asked
     assert (settings.seeds, settings.strategies) == ((1000,), ("nested", "eclm"))
     assert trials == (0.0005, 0.002, 0.008)
+
+    # But for a strategy whose method has changed; what the others came to stays.
+    run_own(tmp_path, TUNED, tune=True, redo="eclm", only="another")
+    run_own(tmp_path, TUNED, tune=True, redo="eclm", only="small")
+    assert [settings.strategies for settings, _ in asked[1:]] == [("eclm",)]
+    assert known[0] is None
+    assert list(known[1]["strategy"]) == ["nested"]
 
 
 def test_who_stops_a_table_is_told_how_to_go_on_and_no_process_is_left(tmp_path: Path, monkeypatch):
