@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -220,6 +221,7 @@ def table(
     """Run what is missing of a table of evidence, and print it; see docs/evidence.md."""
     from simulations.tables.command import run_table
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
     try:
         run_table(
             name,

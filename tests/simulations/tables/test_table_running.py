@@ -1,5 +1,7 @@
 """Parts run as processes of their own; what is finished stays, what fails is told."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -185,7 +187,19 @@ def test_a_table_tunes_its_rows_once(tmp_path: Path, monkeypatch):
     assert list(known[1]["strategy"]) == ["nested"]
 
 
-def test_who_stops_a_table_is_told_how_to_go_on_and_no_process_is_left(tmp_path: Path, monkeypatch):
+@pytest.fixture
+def signals():
+    """Keep the tests' own way to take a signal."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_a_table_is_told_how_to_go_on_and_no_process_is_left(
+    number: int, signals: None, tmp_path: Path, monkeypatch
+):
     processes = []
     popen = subprocess.Popen
 
@@ -197,7 +211,8 @@ def test_who_stops_a_table_is_told_how_to_go_on_and_no_process_is_left(tmp_path:
     def stop_soon(*_: object) -> None:
         while not processes:
             time.sleep(0.05)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(5)
 
     monkeypatch.setattr(subprocess, "Popen", sleep)
     monkeypatch.setattr("simulations.tables.running.as_completed", stop_soon)
