@@ -37,9 +37,7 @@ def run_table(
         if tune:
             tune_rows(table, runs, console, redo=split_list(redo), only=split_list(only))
             return
-        table_run = TableRun(table, runs, console, compute=compute)
-        if redo:
-            table_run.forget(split_list(redo))
+        table_run = TableRun(table, runs, console, compute=compute, redo=split_list(redo))
         failures = table_run.run(jobs, split_list(only))
     write_report(table, console, page=Path(page) if page else None)
     if failures:

@@ -8,6 +8,7 @@ with rounds, bytes and simulated time (``<row>-course.csv``), and which settings
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,14 @@ class Rows:
             return set()
         pairs = self.ends[["strategy", "seed"]].drop_duplicates()
         return set(zip(pairs["strategy"].tolist(), pairs["seed"].tolist(), strict=True))
+
+    def forget(self, strategies: Collection[str]) -> None:
+        """Drop the results of some strategies."""
+        for name in ("ends", "course"):
+            frame = getattr(self, name)
+            if len(frame):
+                setattr(self, name, frame[~frame["strategy"].isin(strategies)])
+        self.rates = {name: r for name, r in self.rates.items() if name not in strategies}
 
     def check(self, settings: Settings, path: Path) -> None:
         """Refuse results of other settings.

@@ -67,10 +67,18 @@ class TableRun:
     console : Console
     compute : str (default: "cpu")
         Where models compute: "cpu" or "cuda".
+    redo : collection of str
+        Strategies whose results are dropped, to be run anew: their method or rate has changed.
     """
 
     def __init__(
-        self, table: TableDefinition, runs: Path, console: Console, *, compute: str = "cpu"
+        self,
+        table: TableDefinition,
+        runs: Path,
+        console: Console,
+        *,
+        compute: str = "cpu",
+        redo: Collection[str] = (),
     ) -> None:
         self._table, self._runs, self._console = table, runs.absolute(), console
         self._compute = compute
@@ -80,27 +88,19 @@ class TableRun:
         self.rows: dict[str, Rows] = {}
         for row in table.rows:
             self.rows[row.name] = rows = read_rows(table.results, row.name)
-            if rows.settings:  # one that has no results yet may lack its learning rates
-                rows.check(self.settings(row), table.results / row.name)
+            if not rows.settings:
+                continue  # one that has no results yet may lack its learning rates
+            rows.forget(redo)
+            rows.check(self.settings(row), table.results / row.name)
+            if redo:
+                write_rows(rows, table.results, row.name)
+                for part in self.parts(row):
+                    for file in (ROWS, NOTES):
+                        (part.folder / file).unlink(missing_ok=True)
 
     def settings(self, row: TableRow) -> Settings:
         """Return a row's settings, with tuned learning rates."""
         return row.settings(rates=rates_of(self._table, row))
-
-    def forget(self, strategies: Collection[str]) -> None:
-        """Drop the results of some strategies, to run them anew."""
-        for row in self._table.rows:
-            rows = self.rows[row.name]
-            if not rows.settings:
-                continue  # nothing to forget; and it may lack its learning rates
-            for name in ("ends", "course"):
-                frame = getattr(rows, name)
-                if len(frame):
-                    setattr(rows, name, frame[~frame["strategy"].isin(strategies)])
-            for part in self.parts(row):
-                for file in (ROWS, NOTES):
-                    (part.folder / file).unlink(missing_ok=True)
-            write_rows(rows, self._table.results, row.name)
 
     def parts(self, row: TableRow) -> list[Part]:
         """Return the parts of a row, one a seed."""

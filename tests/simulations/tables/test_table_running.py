@@ -82,8 +82,7 @@ def test_parts_run_once_and_share_what_the_cloud_prepared(tmp_path: Path, capsys
     # A strategy whose method has changed is run anew, whatever rows there are without results.
     untuned = '[[row]]\nname = "untuned"\ndataset = "digits"\ntuned = "nothing-yet"\n'
     table = read_table(own_table(tmp_path, OWN + untuned))
-    table_run = TableRun(table, tmp_path / "runs", QUIET)
-    table_run.forget(["eclm"])
+    table_run = TableRun(table, tmp_path / "runs", QUIET, redo=["eclm"])
     parts = table_run.parts(table.rows[0])
     assert [table_run.missing(part) for part in parts] == [["eclm"], ["eclm"]]
     assert set(pd.read_csv(tmp_path / "own" / "small.csv")["strategy"]) == {"nested"}
