@@ -3,12 +3,12 @@
 Equal preparation decides a comparison, so all kinds start from the same trained whole model and
 take the same number of further epochs on the same proxy data. In those epochs the cloud trains
 sub-models as the method will deploy them, with the same simulated devices, budgets and distillation
-(`eclm_flower.prototyping.train_as_deployed`):
+(`eclm_flower.prototyping.train_as_deployed`). ECLM's delta modules train after that, alone:
 
 =============  ====================================================================================
 kind           sub-models trained in the cloud
 =============  ====================================================================================
-``modules``    ECLM's: prefixes as in ``nested``, and delta modules for what sub-tasks differ in
+``modules``    ECLM's: prefixes as in ``nested``; then delta modules for what sub-tasks differ in
 ``no-deltas``  the same without delta modules
 ``chosen``     modules behind a core of two: units are grouped, the selector learns, then chooses
 ``nested``     prefixes of one order of units, those that contribute most first
