@@ -56,6 +56,8 @@ def prepared(trained):
         )
         further = {name: len(losses) for name, losses in report.losses.items()}
         further.pop("selector", None)
+        of_deltas = further.pop("delta modules", 0)
+        assert of_deltas == (8 if offline == "modules" else 0), "what nobody else has"
         assert list(further.values()) == [4], "every kind takes as many further epochs"
     return models
 
