@@ -124,6 +124,16 @@ def test_the_selector_ranks_the_modules_of_a_sub_task_first(deployed):
     assert assigned[np.arange(10), gates.argmax(axis=1)].all()
 
 
+def test_without_a_core_every_sub_task_orders_all_modules_for_itself():
+    model = build()
+    report = run(model, core_modules=0)
+    assert not report.assignment["0"].all(axis=0).any()
+    gates = mean_gates(model.selector, ProxyData(rows(Digits.proxy), Digits.y[Digits.proxy]))["0"]
+    orders = np.argsort(-gates, axis=1)
+    assert len(np.unique(orders, axis=0)) == 10
+    assert len(np.unique(orders[:, 0])) >= 4
+
+
 def test_the_same_seed_gives_the_same_model_bit_for_bit(deployed):
     again = build()
     torch.manual_seed(1234)  # the global generator has no part in it
