@@ -190,6 +190,7 @@ def test_a_table_tunes_its_rows_once(tmp_path: Path, monkeypatch):
 def signals():
     """Keep the tests' own way to take a signal."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
