@@ -234,18 +234,14 @@ def train_as_deployed(
     steps, rate = config.enhancing_epochs * steps_per_epoch, config.enhancing_learning_rate
     descent = _Descent(model.body.parameters(), config, rate, steps)
     everything = range(data.num_sub_tasks)
-    shares = itertools.cycle(config.budget_shares)
+    devices = _simulated_devices(model, data, choose, config, rng, generator)
     for _ in range(config.enhancing_epochs):
         losses = []
         for _ in range(steps_per_epoch):
             rows = data.device_rows(everything, config.whole_samples, rng)
             x, y = data.labelled(rows, generator)
             parts = [F.cross_entropy(model.body(x), y)]
-            for share in itertools.islice(shares, config.devices_per_step):
-                sub_tasks = draw_sub_tasks(data.num_sub_tasks, config, rng)
-                rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
-                x, y = data.labelled(rows, generator)
-                selection = choose(sub_tasks, budget_of(model.costs, share), rng)
+            for _, selection, rows, x, y in itertools.islice(devices, config.devices_per_step):
                 parts.append(loss_of(model.narrowed_state(selection), x, y, rows))
             losses.append(descent.step(torch.stack(parts).mean()))
         yield float(np.mean(losses))
@@ -278,16 +274,12 @@ def train_deltas(
     steps = config.epochs_of_deltas * steps_per_epoch
     rate = config.delta_rate * config.enhancing_learning_rate
     descent = _Descent(deltas.tensors.values(), config, rate, steps)
-    shares = itertools.cycle(config.budget_shares)
+    devices = _simulated_devices(model, data, choose, config, rng, generator)
     for _ in range(config.epochs_of_deltas):
         losses = []
         for _ in range(steps_per_epoch):
             parts = []
-            for share in itertools.islice(shares, config.devices_per_step):
-                sub_tasks = draw_sub_tasks(data.num_sub_tasks, config, rng)
-                rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
-                x, y = data.labelled(rows, generator)
-                selection = choose(sub_tasks, budget_of(model.costs, share), rng)
+            for sub_tasks, selection, _, x, y in itertools.islice(devices, config.devices_per_step):
                 with torch.no_grad():
                     state = model.narrowed_state(selection)
                 mixture = equal_mixture(sub_tasks, data.num_sub_tasks)
@@ -295,6 +287,22 @@ def train_deltas(
                 parts.append(F.cross_entropy(functional_call(model.body, merged, (x,)), y))
             losses.append(descent.step(torch.stack(parts).mean()))
         yield float(np.mean(losses))
+
+
+def _simulated_devices(
+    model: ModularModel,
+    data: ProxyData,
+    choose: Choice,
+    config: PrototypingConfig,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> Iterator[tuple[tuple[int, ...], Selection, list[int], Tensor, Tensor]]:
+    """Draw devices without end: sub-tasks, sub-model, rows of a batch, and the batch ``(x, y)``."""
+    for share in itertools.cycle(config.budget_shares):
+        sub_tasks = draw_sub_tasks(data.num_sub_tasks, config, rng)
+        rows = data.device_rows(sub_tasks, config.samples_per_device, rng)
+        x, y = data.labelled(rows, generator)
+        yield sub_tasks, choose(sub_tasks, budget_of(model.costs, share), rng), rows, x, y
 
 
 def _train_as_on_devices(model: ModularModel) -> None:
