@@ -160,6 +160,16 @@ def nested_choice(model: ModularModel) -> Choice:
 
 def trained(start: Start) -> ModularModel:
     """Train nested sub-models as deployed, deltas on top, and a selector of sub-tasks."""
+    model = before_deltas(start)
+    generator = torch.Generator().manual_seed(start.config.seed)
+    choose = nested_choice(model)
+    for loss in train_deltas(model, start.train, choose, start.config, generator):
+        print(f"  delta modules: loss {loss:.3f}", flush=True)
+    return model.eval()
+
+
+def before_deltas(start: Start) -> ModularModel:
+    """Train nested sub-models as deployed and a selector of sub-tasks; deltas are zero yet."""
     model = copy.deepcopy(start.whole)
     deltas = model.add_deltas()
     generator = torch.Generator().manual_seed(start.config.seed)
@@ -170,9 +180,7 @@ def trained(start: Start) -> ModularModel:
     choose = nested_choice(model)
     for loss in train_as_deployed(model, start.train, choose, start.config, generator):
         print(f"  nested sub-models: loss {loss:.3f}", flush=True)
-    for loss in train_deltas(model, start.train, choose, start.config, generator):
-        print(f"  delta modules: loss {loss:.3f}", flush=True)
-    return model.eval()
+    return model
 
 
 @torch.no_grad()

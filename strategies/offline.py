@@ -10,6 +10,7 @@ kind           sub-models trained in the cloud
 =============  ====================================================================================
 ``modules``    ECLM's: prefixes as in ``nested``; then delta modules for what sub-tasks differ in
 ``no-deltas``  the same without delta modules
+``untaught``   ECLM's, from labels alone: without the whole model's soft labels
 ``chosen``     modules behind a core of two: units are grouped, the selector learns, then chooses
 ``nested``     prefixes of one order of units, those that contribute most first
 ``scaled``     the same prefixes, their hidden units scaled as HeteroFL does
@@ -38,7 +39,16 @@ from strategies.scaler import scale_hidden_units
 from strategies.windows import numbers_within, scattered, window
 
 Offline = Literal[
-    "modules", "no-deltas", "chosen", "nested", "scaled", "windows", "branches", "whole", "split"
+    "modules",
+    "no-deltas",
+    "untaught",
+    "chosen",
+    "nested",
+    "scaled",
+    "windows",
+    "branches",
+    "whole",
+    "split",
 ]
 
 
@@ -71,6 +81,8 @@ def prepare(
     config = replace(config, epochs=0)
     if offline in ("no-deltas", "chosen", "split"):
         config = replace(config, delta_epochs=0)
+    if offline == "untaught":
+        config = replace(config, distillation=0.0)
     if offline == "chosen":
         config = replace(config, core_modules=CHOSEN_CORE)
     if offline in ("whole", "split"):

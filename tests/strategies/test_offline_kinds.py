@@ -57,7 +57,7 @@ def prepared(trained):
         further = {name: len(losses) for name, losses in report.losses.items()}
         further.pop("selector", None)
         of_deltas = further.pop("delta modules", 0)
-        assert of_deltas == (8 if offline == "modules" else 0), "what nobody else has"
+        assert of_deltas == (8 if offline in ("modules", "untaught") else 0), "what nobody else has"
         assert list(further.values()) == [4], "every kind takes as many further epochs"
     return models
 
@@ -120,12 +120,12 @@ def test_the_whole_model_stays_good_in_every_kind(prepared, trained):
 def test_only_kinds_that_tell_sub_tasks_apart_have_a_selector_that_learned(prepared):
     for offline, model in prepared.items():
         learned = bool(model.selector.heads.weight.any())
-        assert learned is (offline in ("modules", "chosen")), offline
-        assert (model.deltas is not None) is (offline == "modules"), offline
+        assert learned is (offline in ("modules", "untaught", "chosen")), offline
+        assert (model.deltas is not None) is (offline in ("modules", "untaught")), offline
 
 
 def test_eclm_prefers_the_first_modules_for_everyone_unless_they_are_chosen(prepared):
-    for offline in ("modules", "no-deltas", "split", "chosen"):
+    for offline in ("modules", "no-deltas", "untaught", "split", "chosen"):
         gates = [prepared[offline].importance([X[y == Y]])["0"] for y in (0, 1)]
         in_order = all((np.diff(of_class) < 0).all() for of_class in gates)
         assert in_order is (offline != "chosen"), offline
@@ -135,6 +135,17 @@ def test_eclm_prefers_the_first_modules_for_everyone_unless_they_are_chosen(prep
 def test_whole_and_split_have_equal_whole_models(prepared):
     whole, split = prepared["whole"].body.eval(), prepared["split"].body.eval()
     torch.testing.assert_close(whole(X[:50]), split(X[:50]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_brings_sub_models_closer_to_the_whole_model(prepared):
+    x, _ = TEST.tensors
+    distance = {}
+    for offline in ("modules", "untaught"):
+        model = prepared[offline]
+        taught = F.log_softmax(model.sub_model({"0": range(QUARTER)})(x), dim=1)
+        whole = F.softmax(model.body(x), dim=1)
+        distance[offline] = F.kl_div(taught, whole, reduction="batchmean")
+    assert distance["modules"] < distance["untaught"]
 
 
 def test_every_method_names_a_kind():
