@@ -39,6 +39,7 @@ METHODS: dict[str, Method] = {
         RANDOM,
         eclm_ablations.NO_DELTAS,
         eclm_ablations.FIXED_DELTAS,
+        eclm_ablations.BORN_DELTAS,
         eclm_ablations.CHOSEN,
         eclm_ablations.UNIFORM_MERGE,
         eclm_ablations.NO_IMPORTANCE,

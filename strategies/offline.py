@@ -10,6 +10,7 @@ kind           sub-models trained in the cloud
 =============  ====================================================================================
 ``modules``    ECLM's: prefixes as in ``nested``; then delta modules for what sub-tasks differ in
 ``no-deltas``  the same without delta modules
+``blank``      ECLM's, all delta modules zero: what comes into them, devices bring
 ``untaught``   ECLM's, from labels alone: without the whole model's soft labels
 ``chosen``     modules behind a core of two: units are grouped, the selector learns, then chooses
 ``nested``     prefixes of one order of units, those that contribute most first
@@ -41,6 +42,7 @@ from strategies.windows import numbers_within, scattered, window
 Offline = Literal[
     "modules",
     "no-deltas",
+    "blank",
     "untaught",
     "chosen",
     "nested",
@@ -81,6 +83,8 @@ def prepare(
     config = replace(config, epochs=0)
     if offline in ("no-deltas", "chosen", "split"):
         config = replace(config, delta_epochs=0)
+    if offline == "blank":
+        config = replace(config, delta_scales=(0.0,), delta_epochs=1)
     if offline == "untaught":
         config = replace(config, distillation=0.0)
     if offline == "chosen":

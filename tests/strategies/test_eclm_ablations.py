@@ -20,6 +20,11 @@ def test_fixed_deltas_stay():
     assert METHODS["eclm-fixed-deltas"].offline == METHODS["eclm"].offline
 
 
+def test_born_deltas_start_as_on_the_prepared_model():
+    assert METHODS["eclm-born-deltas"].offline == "blank"
+    assert METHODS["eclm-born-deltas"].strategy is METHODS["eclm"].strategy
+
+
 def test_without_importance_devices_of_equal_budgets_get_equal_modules():
     whole, _ = run(METHODS["eclm"], rounds=1)
     without, _ = run(METHODS["eclm-no-importance"], rounds=1)

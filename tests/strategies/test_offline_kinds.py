@@ -19,6 +19,7 @@ from strategies.scaler import scale_hidden_units
 from strategies.windows import scattered, window
 
 MODULES, QUARTER = 16, 4
+FURTHER = {"modules": 8, "untaught": 8, "blank": 1}  # epochs of delta modules
 CONFIG = PrototypingConfig(epochs=8, selector_epochs=4, enhancing_epochs=4)
 X = torch.tensor(load_digits().data / 16, dtype=torch.float32)
 Y = torch.tensor(load_digits().target)
@@ -57,7 +58,7 @@ def prepared(trained):
         further = {name: len(losses) for name, losses in report.losses.items()}
         further.pop("selector", None)
         of_deltas = further.pop("delta modules", 0)
-        assert of_deltas == (8 if offline in ("modules", "untaught") else 0), "what nobody else has"
+        assert of_deltas == FURTHER.get(offline, 0), "what nobody else has"
         assert list(further.values()) == [4], "every kind takes as many further epochs"
     return models
 
@@ -120,12 +121,12 @@ def test_the_whole_model_stays_good_in_every_kind(prepared, trained):
 def test_only_kinds_that_tell_sub_tasks_apart_have_a_selector_that_learned(prepared):
     for offline, model in prepared.items():
         learned = bool(model.selector.heads.weight.any())
-        assert learned is (offline in ("modules", "untaught", "chosen")), offline
-        assert (model.deltas is not None) is (offline in ("modules", "untaught")), offline
+        assert learned is (offline in (*FURTHER, "chosen")), offline
+        assert (model.deltas is not None) is (offline in FURTHER), offline
 
 
 def test_eclm_prefers_the_first_modules_for_everyone_unless_they_are_chosen(prepared):
-    for offline in ("modules", "no-deltas", "untaught", "split", "chosen"):
+    for offline in (*FURTHER, "no-deltas", "split", "chosen"):
         gates = [prepared[offline].importance([X[y == Y]])["0"] for y in (0, 1)]
         in_order = all((np.diff(of_class) < 0).all() for of_class in gates)
         assert in_order is (offline != "chosen"), offline
@@ -135,6 +136,12 @@ def test_eclm_prefers_the_first_modules_for_everyone_unless_they_are_chosen(prep
 def test_whole_and_split_have_equal_whole_models(prepared):
     whole, split = prepared["whole"].body.eval(), prepared["split"].body.eval()
     torch.testing.assert_close(whole(X[:50]), split(X[:50]), rtol=1e-4, atol=1e-4)
+
+
+def test_blank_deltas_are_zero_and_others_are_not(prepared):
+    for offline in FURTHER:
+        zero = not any(tensor.any() for tensor in prepared[offline].deltas.tensors.values())
+        assert zero is (offline == "blank"), offline
 
 
 def test_a_teacher_brings_sub_models_closer_to_the_whole_model(prepared):
