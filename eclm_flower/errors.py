@@ -46,6 +46,7 @@ Reason = Literal[
     "importance",
     "keys",
     "metrics",
+    "mixture",
     "modules",
     "norm",
     "not-finite",

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -138,18 +137,15 @@ def _task(msg: Message, context: Context) -> _Task:
 def query(msg: Message, context: Context) -> Message:
     """Tell the cloud this device's budget and, if asked, what matters to its data."""
     task = _task(msg, context)
-
-    def batches() -> DataLoader[Any]:
-        train = task.world.data(task.device, task.step).train
-        return DataLoader(train, batch_size=256)
-
+    train = task.world.data(task.device, task.step).train
     with one_thread():
         return profile(
             msg,
             context,
             task.world.model,
-            batches,
+            lambda: DataLoader(train, batch_size=256),
             budget=task.world.budget(task.device, task.moment),
+            mixture=task.world.mixture(train),
             cache=task.cache(),
         )
 

@@ -80,6 +80,9 @@ class DeviceProfile:
         What it can spend now.
     importance : dict[str, np.ndarray]
         How much each module matters for its data; empty until the cloud asked for it.
+    mixture : np.ndarray, optional
+        float64 ``[S]``, the proportions of the sub-tasks in its data, if it can tell them; else
+        they are inferred from its importance.
     selection : dict[str, sequence of int]
         The modules of its sub-model, if it derived that itself; importance and budget are then its
         own business.
@@ -92,6 +95,7 @@ class DeviceProfile:
     device: int
     budget: Budget = field(default_factory=Budget)
     importance: Importance = field(default_factory=dict)
+    mixture: np.ndarray | None = None
     selection: Selection = field(default_factory=dict)
     infeasible: bool = False
     cached: Mapping[str, Sequence[int]] = field(default_factory=dict)

@@ -33,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 
 from eclm_flower.errors import CheckpointError
 
-FORMAT = 2  #: of the files; a checkpoint of another is refused
+FORMAT = 3  #: of the files; a checkpoint of another is refused
 _KEPT = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _WRITING, _REMOVING = ".writing-", ".removing-"

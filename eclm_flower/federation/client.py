@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -48,6 +48,7 @@ from eclm_flower.federation.messages import (
     UPLOAD,
     costs_from_config,
     dtype_from_config,
+    is_distribution,
     profile_to_metrics,
     selection_from_config,
     the_only,
@@ -235,6 +236,7 @@ def profile(
     data: Batches | Callable[[], Batches],
     *,
     budget: Budget | None = None,
+    mixture: Sequence[float] | np.ndarray | Tensor | None = None,
     cache: ModuleCache | None = None,
 ) -> Message:
     """Answer the cloud's query: who this device is, what it can spend, what matters to its data.
@@ -253,10 +255,27 @@ def profile(
     budget : Budget, optional
         What the device can spend now; if not given, what its node config says (`node_budget`),
         unlimited if that says nothing.
+    mixture : array of float, optional
+        ``[S]``, the proportions of the sub-tasks in the local data, if they are known: the shares
+        of the labels where sub-tasks are classes, all of one where the device knows its
+        environment, all alike in one that is new. Not given: inferred from importance, which data
+        unlike all that the cloud has seen can deceive.
     cache : ModuleCache, optional
         Where this device keeps what it was sent: the cloud will send only what is not there, or
         has changed since. Flower's mods that clip or add noise need whole messages: no cache then.
+
+    Raises
+    ------
+    ValueError
+        The mixture is not of the model's sub-tasks, or no distribution.
     """
+    if mixture is not None:
+        mixture = np.asarray(mixture, dtype=np.float64)
+        if mixture.shape != (model.sub_tasks,) or not is_distribution(mixture):
+            raise ValueError(
+                f"Expected a mixture of {model.sub_tasks} proportions that add up to 1, one for "
+                f"each sub-task of modularize(..., sub_tasks={model.sub_tasks}), got {mixture}."
+            )
     importance = {}
     if msg.content.array_records:
         arrays = msg.content.array_records[the_only(msg.content.array_records, "ArrayRecord")]
@@ -267,6 +286,7 @@ def profile(
         device=int(context.node_config.get("partition-id", context.node_id)),
         budget=budget or node_budget(context.node_config, model.costs),
         importance=importance,
+        mixture=mixture,
         cached=cache.digests(model.costs.modules) if cache else {},
     )
     config = next(iter(msg.content.config_records.values()), ConfigRecord())

@@ -4,8 +4,9 @@
 message     cloud -> device                          device -> cloud
 ==========  =======================================  ==========================================
 query       the selector's arrays, if importance is  metrics: device number; budget and
-            wanted; config: the user's own, and      importance, or the modules it derived; digests
-            costs if the device is to derive         of what its cache holds
+            wanted; config: the user's own, and      importance, its sub-tasks if it knows them, or
+            costs if the device is to derive         the modules it derived; digests of what its
+                                                     cache holds
 train       the sub-model's arrays; config: the      all arrays of the sub-model; metrics
             user's own, the modules of each layer,
             the batch norm policy; to a device with
@@ -45,6 +46,7 @@ MODULES = "eclm.modules."
 DEVICE = "eclm.device"
 BUDGET = "eclm.budget."
 IMPORTANCE = "eclm.importance."
+MIXTURE = "eclm.mixture"  # proportions of the sub-tasks in a device's data
 CACHED = "eclm.cached."  # digests of the modules in a device's cache, 0 for none
 DERIVES = "eclm.derives"  # True: this device derives its sub-model, and tells no budget
 INFEASIBLE = "eclm.infeasible"  # 1: it found none that fits
@@ -153,7 +155,7 @@ def costs_from_config(config: Mapping[str, object], whole: CostTable) -> CostTab
 def profile_to_metrics(profile: DeviceProfile) -> MetricRecord:
     """Write a device's profile as metrics.
 
-    A device that derived its sub-model itself tells the modules, and neither budget nor importance.
+    A device that derived its sub-model itself tells the modules, and nothing else of its own.
     """
     metrics: dict[str, int | float | list[int] | list[float]] = {DEVICE: profile.device}
     if profile.selection:
@@ -165,6 +167,8 @@ def profile_to_metrics(profile: DeviceProfile) -> MetricRecord:
             metrics[f"{BUDGET}{resource}"] = float(getattr(profile.budget, resource))
         for layer, importance in profile.importance.items():
             metrics[f"{IMPORTANCE}{layer}"] = [float(value) for value in importance]
+        if profile.mixture is not None:
+            metrics[MIXTURE] = [float(value) for value in profile.mixture]
     for name, digests in profile.cached.items():
         metrics[f"{CACHED}{name}"] = list(digests)
     return MetricRecord(metrics)
@@ -187,8 +191,8 @@ def profile_from_content(
     Raises
     ------
     ReplyError
-        A part is missing, of the wrong type or length, importance is not a distribution, or modules
-        are none of the model's.
+        A part is missing, of the wrong type or length, importance or mixture is not a distribution,
+        or modules are none of the model's.
     """
     metrics = {
         key: value for record in content.metric_records.values() for key, value in record.items()
@@ -214,8 +218,13 @@ def profile_from_content(
     sizes = None
     if costs is not None:
         sizes = {**costs.modules, **({DELTAS: sub_tasks} if sub_tasks else {})}
-    importance = _read_importance(device, metrics, sizes)
-    return DeviceProfile(device=device, budget=budget, importance=importance, cached=cached)
+    return DeviceProfile(
+        device=device,
+        budget=budget,
+        importance=_read_importance(device, metrics, sizes),
+        mixture=_read_mixture(device, metrics, None if costs is None else sub_tasks),
+        cached=cached,
+    )
 
 
 def _read_selection(
@@ -269,12 +278,35 @@ def _read_importance(
         )
     importance = {}
     for layer, value in told.items():
-        values = np.asarray(value, dtype=np.float64)
-        # NaN makes both comparisons false.
-        if not ((values >= 0).all() and abs(values.sum() - 1) < 1e-3):
+        importance[layer] = np.asarray(value, dtype=np.float64)
+        if not is_distribution(importance[layer]):
             raise ReplyError(
                 f"Device {device}'s importance in {layer!r} is not a distribution.",
                 "importance",
             )
-        importance[layer] = values
     return importance
+
+
+def _read_mixture(
+    device: int, metrics: Mapping[str, object], sub_tasks: int | None
+) -> np.ndarray | None:
+    """Read the proportions of the sub-tasks that a device told; None if it told none."""
+    if MIXTURE not in metrics:
+        return None
+    told = metrics[MIXTURE]
+    length = len(told) if isinstance(told, list) else None
+    if length is None or sub_tasks not in (None, length):
+        raise ReplyError(
+            f"Device {device} reported a mixture of {length} sub-tasks, expected {sub_tasks}.",
+            "mixture",
+        )
+    mixture = np.asarray(told, dtype=np.float64)
+    if not is_distribution(mixture):
+        raise ReplyError(f"Device {device}'s mixture is not a distribution.", "mixture")
+    return mixture
+
+
+def is_distribution(values: np.ndarray) -> bool:
+    """Whether numbers are at least 0 and add up to 1."""
+    # NaN makes both comparisons false.
+    return bool((values >= 0).all() and abs(values.sum() - 1) < 1e-3)

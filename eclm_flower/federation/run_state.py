@@ -37,6 +37,7 @@ _HISTORIES = (
 _NEVER = -1  # stands for the round in which a device told nothing yet
 _ARRAYS, _VERSIONS = "arrays.", "versions."
 _BUDGETS, _BUDGET_ROUNDS = "profiles.budgets", "profiles.budget-rounds"
+_MIXTURES = "profiles.mixtures"  # not a number where a device told none
 _IMPORTANCE, _IMPORTANCE_ROUNDS = "profiles.importance.", "profiles.importance-rounds"
 _SELECTIONS = "selections."
 
@@ -119,6 +120,11 @@ def to_checkpoint(state: RunState, settings: Mapping[str, str]) -> Checkpoint:
             tensors[f"{_IMPORTANCE}{name}"] = np.array(
                 [told.latest[d].importance[name] for d in known], dtype=np.float64
             ).reshape(-1, size)
+        mixtures = np.full((len(known), cloud.model.sub_tasks), np.nan)
+        for row, device in zip(mixtures, known, strict=True):
+            if (mixture := told.latest[device].mixture) is not None:
+                row[:] = mixture
+        tensors[_MIXTURES] = mixtures
     for layer in cloud.model.layers.values():
         held = np.zeros((len(chosen), layer.modules), dtype=bool)
         for row, device in zip(held, chosen, strict=True):
@@ -189,7 +195,13 @@ def from_checkpoint(checkpoint: Checkpoint, model: ModularModel, told: Profiles)
             if told.tells == "importance"
         }
         budget = Budget(**dict(zip(RESOURCES, map(float, tensors[_BUDGETS][row]), strict=True)))
-        told.latest[device] = DeviceProfile(device=device, budget=budget, importance=importance)
+        mixture = tensors[_MIXTURES][row] if importance else np.array([])
+        told.latest[device] = DeviceProfile(
+            device=device,
+            budget=budget,
+            importance=importance,
+            mixture=mixture if len(mixture) and not np.isnan(mixture[0]) else None,
+        )
         asked = int(tensors[_BUDGET_ROUNDS][row])
         if asked >= 0 and told.tells != "modules":
             told.budget_rounds[device] = asked

@@ -344,7 +344,9 @@ class ECLM(FedAvg):
         return derive(profile.importance, self.costs, profile.budget)
 
     def mixture(self, profile: DeviceProfile) -> Tensor | None:
-        """Infer a device's sub-tasks, whose delta modules are merged into what it is sent.
+        """Tell a device's sub-tasks, whose delta modules are merged into what it is sent.
+
+        As the device told them, or else inferred from its importance.
 
         Returns
         -------
@@ -353,6 +355,8 @@ class ECLM(FedAvg):
         """
         if self.cloud.deltas is None or DELTAS not in profile.importance:
             return None
+        if profile.mixture is not None:
+            return torch.from_numpy(profile.mixture)
         gates = self.cloud.deltas.gates.numpy()
         return torch.from_numpy(mixture_from_importance(profile.importance, {DELTAS: gates}))
 

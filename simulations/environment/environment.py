@@ -158,6 +158,11 @@ class Environment:
         self._pools: dict[int, dict[int, Rows]] = {}
         self._decoded: dict[tuple[int, int], DeviceData] = {}
 
+    @property
+    def sub_tasks_are_classes(self) -> bool:
+        """Whether a sample's label is its sub-task, so that devices need not guess theirs."""
+        return np.array_equal(self.proxy_sub_tasks, self._labels.train[self.proxy_rows])
+
     def proxy(self) -> TensorDataset:
         """Decode the cloud's labelled samples ``(x, y)``, anew in every call: keep the result."""
         return self._decode(self._data.train, self.proxy_rows, self._proxy_views, "proxy")

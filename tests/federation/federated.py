@@ -59,6 +59,7 @@ def eclm_app(
     spoil: Callable[[int, Message], Message | None] = lambda device, answer: answer,
     seen: list[Message] | None = None,
     cache: Callable[[int], ModuleCache | None] = lambda device: None,
+    mixture: Callable[[int], list[float] | None] = lambda device: None,
     **options,
 ) -> ClientApp:
     """A ClientApp for ECLM; `spoil` may change what a device answers, `seen` collects requests."""
@@ -77,6 +78,7 @@ def eclm_app(
             model,
             [x],
             budget=budget(model, number(context)),
+            mixture=mixture(number(context)),
             cache=cache(number(context)),
         )
 

@@ -204,7 +204,7 @@ def test_the_only_checkpoint_damaged_is_refused_too(tmp_path):
 def test_another_format_is_refused(written_copy):
     path = written_copy / "round-000002" / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
-    refused(written_copy, "has format 1, but this version of eclm-flower reads format 2")
+    refused(written_copy, "has format 1, but this version of eclm-flower reads format 3")
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,16 @@ def test_the_profile_tells_number_and_budget_and_computes_importance_only_if_ask
     assert profile_from_content(profile(question, context(), model, data).content).device == 77
 
 
+@pytest.mark.parametrize("mixture", [[0.5, 0.5], [0.5, 0.6, 0.0], [float("nan"), 0.5, 0.5], []])
+def test_a_mixture_that_is_none_of_the_models_sub_tasks_is_refused_on_the_device(mixture):
+    question = Message(RecordDict(), dst_node_id=1, message_type="query")
+    model = build_model(sub_tasks=3)
+    with pytest.raises(ValueError, match="mixture of 3 proportions"):
+        profile(question, context(), model, [], mixture=mixture)
+    told = profile(question, context(), model, [], mixture=torch.tensor([0.25, 0.75, 0]))
+    assert profile_from_content(told.content).mixture.tolist() == [0.25, 0.75, 0]
+
+
 def test_importance_is_computed_with_the_selector_of_the_cloud():
     cloud, device = build_model(), build_model()
     nn.init.zeros_(device.selector.heads.weight)

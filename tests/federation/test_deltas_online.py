@@ -101,6 +101,36 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in straight.items())
 
 
+def told(device):
+    return np.eye(S)[device % S] if device else [1 / S] * S
+
+
+def test_a_device_that_tells_its_sub_tasks_is_believed():
+    model, seen = cloud_model(), []
+    app = eclm_app(budget=half, sub_tasks=S, seen=seen, mixture=told)
+    strategy, _ = run(model, 1, app=app)
+    device_at = {node: device for device, node in strategy.roster.node_ids.items()}
+    for msg in seen:
+        device, selection = device_at[msg.metadata.dst_node_id], selection_of(msg)
+        got = receive(msg, build_model(sub_tasks=S)).state_dict()
+        plain = model.narrowed_state(selection)
+        merged = model.deltas.merged(plain, selection, told(device))
+        for key, tensor in got.items():
+            torch.testing.assert_close(tensor, merged[key])
+            assert torch.equal(tensor, plain[key]) is (device == 0), "alike is unknown: W itself"
+
+
+def test_what_devices_tell_of_sub_tasks_is_in_a_checkpoint(tmp_path):
+    app = eclm_app(budget=half, sub_tasks=S, mixture=lambda d: told(d) if d < 3 else None)
+    straight, after = run(cloud_model(), 3, app=app, budget_every=9)
+    run(cloud_model(), 1, app=app, budget_every=9, checkpoint_dir=tmp_path)
+    resumed, again = run(cloud_model(), 3, app=app, budget_every=9, checkpoint_dir=tmp_path)
+    assert all(torch.equal(tensor, again[key]) for key, tensor in after.items())
+    for device, profile in straight.profiles.items():
+        np.testing.assert_array_equal(profile.mixture, resumed.profiles[device].mixture)
+    assert straight.profiles[3].mixture is None
+
+
 def test_a_cache_changes_nothing_but_what_is_sent(tmp_path):
     _, plain = run(cloud_model(), 3)
     app = eclm_app(

@@ -91,6 +91,8 @@ def good() -> dict:
         ("eclm.importance.a", [0.2, 0.3, 0.5], "importance of sizes"),
         ("eclm.importance.b", [1.0], "importance of sizes"),
         ("eclm.importance.a", 1.0, "importance of sizes"),
+        ("eclm.mixture", [0.5, 0.5], "mixture of 2 sub-tasks, expected 0"),
+        ("eclm.mixture", 1.0, "mixture of None"),
     ],
 )
 def test_a_broken_profile_is_refused_with_its_reason(key, value, reason):
@@ -103,6 +105,28 @@ def test_a_broken_profile_is_refused_with_its_reason(key, value, reason):
         metrics[key] = value
     with pytest.raises(ReplyError, match=reason):
         profile_from_content(RecordDict({"profile": MetricRecord(metrics)}), costs)
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ([0.5, 0.6, 0.0], "mixture is not a distribution"),
+        ([1.5, -0.5, 0.0], "mixture is not a distribution"),
+        ([math.nan, 0.5, 0.5], "mixture is not a distribution"),
+        ([1.0], "mixture of 1 sub-tasks, expected 3"),
+    ],
+)
+def test_a_broken_mixture_is_refused_with_its_reason(told, reason):
+    one = Cost(communication_bytes=1, computation_flops=1, memory_bytes=1)
+    costs = CostTable(one, {"a": one}, {"a": 2})
+    sent = DeviceProfile(device=3, mixture=np.array([0.2, 0.3, 0.5]))
+    metrics = dict(profile_to_metrics(sent))
+    got = profile_from_content(RecordDict({"p": MetricRecord(metrics)}), costs, sub_tasks=3)
+    assert got.mixture.tolist() == [0.2, 0.3, 0.5]
+    metrics["eclm.mixture"] = told
+    with pytest.raises(ReplyError, match=reason) as refused:
+        profile_from_content(RecordDict({"p": MetricRecord(metrics)}), costs, sub_tasks=3)
+    assert refused.value.reason == "mixture"
 
 
 def test_bytes_are_those_of_the_objects_flower_uploads():
