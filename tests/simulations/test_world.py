@@ -71,6 +71,25 @@ def test_data_moves_with_the_steps():
     assert world.data(3, 1).classes != world.data(3, 2).classes
 
 
+@pytest.mark.parametrize("options", [{}, {"feature_shift": "new", "views": ("noise", "blur")}])
+def test_devices_tell_their_labels_shares_where_sub_tasks_are_classes(options):
+    world = World(Settings(**options, steps=2), seed=0)
+    for step in (0, 1):
+        data = world.data(3, step)
+        shares = world.mixture(data.train)
+        assert shares.shape == (10,)
+        assert shares.sum() == pytest.approx(1)
+        assert tuple(shares.nonzero().flatten().tolist()) == data.classes
+        label = data.classes[0]
+        assert shares[label] == (data.train.tensors[1] == label).float().mean()
+
+
+def test_labels_do_not_tell_environments():
+    world = World(Settings(feature_shift="known", views=("plain", "noise")), seed=0)
+    assert world.sub_tasks == 2
+    assert world.mixture(world.data(3, 0).train) is None
+
+
 def test_any_seed_will_do(tmp_path):
     world = World(Settings(), seed=2**40)
     task = _Task(
