@@ -5,8 +5,12 @@ from flwr.app import ArrayRecord
 from flwr.common import RecordDict
 
 from eclm_flower import ECLM, Budget
-from eclm_flower.adaptation import derive
-from eclm_flower.federation.messages import costs_from_config, costs_to_config
+from eclm_flower.adaptation import DeviceProfile, derive
+from eclm_flower.federation.messages import (
+    costs_from_config,
+    costs_to_config,
+    profile_to_metrics,
+)
 from eclm_flower.modular import RESOURCES
 
 
@@ -62,6 +66,8 @@ def test_neither_importance_nor_budget_leaves_the_device():
     assert all("eclm.importance.0" not in told for told in greeted)
     assert all(set(told) == {"eclm.device", "eclm.modules.0"} for told in chosen)
     assert all(not profile.importance for profile in strategy.profiles.values())
+    knows = DeviceProfile(device=1, selection={"0": (0, 1)}, mixture=np.array([0.0, 1.0]))
+    assert set(profile_to_metrics(knows)) == {"eclm.device", "eclm.modules.0"}
 
 
 def test_the_selector_is_sent_once():
