@@ -37,8 +37,8 @@ def run_table(
         if tune:
             tune_rows(table, runs, console, redo=split_list(redo), only=split_list(only))
             return
-        table_run = TableRun(table, runs, console, compute=compute, redo=split_list(redo))
-        failures = table_run.run(jobs, split_list(only))
+        choice = {"redo": split_list(redo), "only": split_list(only)}
+        failures = TableRun(table, runs, console, compute=compute, **choice).run(jobs)
     write_report(table, console, page=Path(page) if page else None)
     if failures:
         sys.exit(f"{len(failures)} parts failed; the same command goes on with them.")

@@ -69,6 +69,8 @@ class TableRun:
         Where models compute: "cpu" or "cuda".
     redo : collection of str
         Strategies whose results are dropped, to be run anew: their method or rate has changed.
+    only : collection of str
+        Names of the rows to run, or to run anew; empty: all.
     """
 
     def __init__(
@@ -79,9 +81,11 @@ class TableRun:
         *,
         compute: str = "cpu",
         redo: Collection[str] = (),
+        only: Collection[str] = (),
     ) -> None:
         self._table, self._runs, self._console = table, runs.absolute(), console
         self._compute = compute
+        self._to_run = [table.row(name) for name in only] or list(table.rows)
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -90,9 +94,10 @@ class TableRun:
             self.rows[row.name] = rows = read_rows(table.results, row.name)
             if not rows.settings:
                 continue  # one that has no results yet may lack its learning rates
-            rows.forget(redo)
+            anew = redo if row in self._to_run else ()
+            rows.forget(anew)
             rows.check(self.settings(row), table.results / row.name)
-            if redo:
+            if anew:
                 write_rows(rows, table.results, row.name)
                 for part in self.parts(row):
                     for file in (ROWS, NOTES):
@@ -122,17 +127,9 @@ class TableRun:
         done = self.rows[part.row.name].done
         return [name for name in part.settings.strategies if (name, part.seed) not in done]
 
-    def run(self, jobs: int, only: Collection[str] = ()) -> list[str]:
-        """Run what is missing, a number of parts at a time; returns what failed, in words.
-
-        Parameters
-        ----------
-        jobs : int
-        only : collection of str
-            Names of the rows to run; empty: all.
-        """
-        rows = [self._table.row(name) for name in only] or list(self._table.rows)
-        parts = [part for row in rows for part in self.parts(row)]
+    def run(self, jobs: int) -> list[str]:
+        """Run what is missing, a number of parts at a time; returns what failed, in words."""
+        parts = [part for row in self._to_run for part in self.parts(row)]
         for part in parts:
             self._gather(part)
         parts = [part for part in parts if self.missing(part)]

@@ -81,7 +81,10 @@ def test_parts_run_once_and_share_what_the_cloud_prepared(tmp_path: Path, capsys
 
     # A strategy whose method has changed is run anew, whatever rows there are without results.
     untuned = '[[row]]\nname = "untuned"\ndataset = "digits"\ntuned = "nothing-yet"\n'
-    table = read_table(own_table(tmp_path, OWN + untuned))
+    other = '[[row]]\nname = "other"\ndataset = "digits"\n'
+    table = read_table(own_table(tmp_path, OWN + untuned + other))
+    TableRun(table, tmp_path / "runs", QUIET, redo=["eclm"], only=["other"])
+    assert (tmp_path / "own" / "small.csv").read_bytes() == first
     table_run = TableRun(table, tmp_path / "runs", QUIET, redo=["eclm"])
     parts = table_run.parts(table.rows[0])
     assert [table_run.missing(part) for part in parts] == [["eclm"], ["eclm"]]
@@ -233,10 +236,10 @@ def test_only_the_rows_asked_for_are_run(tmp_path: Path):
             seen.append(part.row.name)
             return ""
 
-    Watched(table, tmp_path / "runs", QUIET).run(1, ["second"])
+    Watched(table, tmp_path / "runs", QUIET, only=["second"]).run(1)
     assert set(seen) == {"second"}
     with pytest.raises(SettingsError, match="got 'third'"):
-        Watched(table, tmp_path / "runs", QUIET).run(1, ["third"])
+        Watched(table, tmp_path / "runs", QUIET, only=["third"])
     command = Watched(table, tmp_path, QUIET, compute="cuda")
     part = command.parts(table.rows[0])[0]
     assert command._command(part)[-2:] == ["--compute", "cuda"]
@@ -254,7 +257,8 @@ def test_a_run_of_other_settings_is_not_taken_for_the_row(tmp_path: Path):
 
 def test_a_row_without_learning_rates_does_not_stop_the_others(tmp_path: Path):
     second = '[[row]]\nname = "second"\ndataset = "digits"\ntuned = "second"\n'
-    table_run = TableRun(read_table(own_table(tmp_path, OWN + second)), tmp_path, QUIET)
-    assert len(table_run.parts(table_run._table.rows[0])) == 2
+    table = read_table(own_table(tmp_path, OWN + second))
+    table_run = TableRun(table, tmp_path, QUIET, only=["second"])
+    assert len(table_run.parts(table.rows[0])) == 2
     with pytest.raises(SettingsError, match="Expected tuned learning rates for the row second"):
-        table_run.run(1, ["second"])
+        table_run.run(1)
