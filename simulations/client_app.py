@@ -35,6 +35,9 @@ app = ClientApp()
 
 TRAIN, ADAPT, SELECT = 0, 1, 2  # purposes of a device's random numbers
 
+# Kinds of cloud models with delta modules: only there is it of use what a device's sub-tasks are.
+_WITH_DELTAS = {"modules", "blank", "untaught"}
+
 
 class _ReadOnlyCache(ModuleCache):
     """A cache for the experimenter's messages, which a real device would not get."""
@@ -145,7 +148,7 @@ def query(msg: Message, context: Context) -> Message:
             task.world.model,
             lambda: DataLoader(train, batch_size=256),
             budget=task.world.budget(task.device, task.moment),
-            mixture=task.world.mixture(train),
+            mixture=task.world.mixture(train) if task.method.offline in _WITH_DELTAS else None,
             cache=task.cache(),
         )
 
