@@ -72,6 +72,16 @@ def test_deltas_of_zero_are_no_deltas_to_the_last_bit():
     assert all(torch.equal(tensor, with_zeros[key]) for key, tensor in without.items())
 
 
+def test_deltas_next_to_zero_learn():
+    model = cloud_model()
+    with torch.no_grad():
+        for tensor in model.deltas.tensors.values():
+            tensor.fill_(1e-8)
+    _, after = run(model, 1)
+    largest = max(float(after[k].abs().max()) for k in after if k.startswith("deltas.0"))
+    assert largest > 1e-4
+
+
 def test_both_the_shared_weights_and_the_deltas_learn():
     model = cloud_model()
     before = model.state_dict()

@@ -20,7 +20,7 @@ def test_fixed_deltas_stay():
     assert METHODS["eclm-fixed-deltas"].offline == METHODS["eclm"].offline
 
 
-def test_born_deltas_start_as_on_the_prepared_model():
+def test_born_deltas_start_blank():
     assert METHODS["eclm-born-deltas"].offline == "blank"
     assert METHODS["eclm-born-deltas"].strategy is METHODS["eclm"].strategy
 
