@@ -2,7 +2,7 @@
 
 - **no deltas**: sub-tasks differ in nothing; what is left are nested sub-models.
 - **fixed deltas**: delta modules stay as the offline stage left them; devices change W alone.
-- **born deltas**: delta modules start next to zero, as one of an environment that the proxy data
+- **born deltas**: delta modules start at zero, as one of an environment that the proxy data
   lacks would; all they hold comes from devices, whose sub-tasks the selector nevertheless knows.
 - **chosen**: modules of one's own instead of delta modules, as in the paper: behind a core of two,
   each device gets those that its importance is largest for. Trained as deployed.

@@ -10,7 +10,7 @@ kind           sub-models trained in the cloud
 =============  ====================================================================================
 ``modules``    ECLM's: prefixes as in ``nested``; then delta modules for what sub-tasks differ in
 ``no-deltas``  the same without delta modules
-``blank``      ECLM's, delta modules of next to zero: what comes into them, devices bring
+``blank``      ECLM's, all delta modules zero: what comes into them, devices bring
 ``untaught``   ECLM's, from labels alone: without the whole model's soft labels
 ``chosen``     modules behind a core of two: units are grouped, the selector learns, then chooses
 ``nested``     prefixes of one order of units, those that contribute most first
@@ -54,7 +54,6 @@ Offline = Literal[
 ]
 
 
-_NEXT_TO_NOTHING = 1e-8  # zero would say that there are no delta modules, and none would learn
 CHOSEN_CORE = 2  # modules that all have where others are chosen; more helped nobody in our trials
 
 
@@ -86,11 +85,6 @@ def prepare(
         config = replace(config, delta_epochs=0)
     if offline == "blank":
         config = replace(config, delta_scales=(0.0,), delta_epochs=1)
-        report = prototype(model, proxy_data, config=config, **options)
-        assert model.deltas is not None
-        for tensor in model.deltas.tensors.values():
-            tensor.data.fill_(_NEXT_TO_NOTHING)
-        return report
     if offline == "untaught":
         config = replace(config, distillation=0.0)
     if offline == "chosen":

@@ -103,12 +103,12 @@ class CloudModel:
 
     @cached_property
     def deltas(self) -> DeltaModules | None:
-        """The delta modules, with tensors of their own; None if there are none, or all are zero."""
+        """The delta modules, with tensors of their own; None if there are none."""
         if self.model.deltas is None:
             return None
         deltas = copy.deepcopy(self.model.deltas)
         deltas.load_state_dict(_opened(deltas.state_dict(), self.arrays, DELTAS_STATE))
-        return None if deltas.empty else deltas.requires_grad_(False)
+        return deltas.requires_grad_(False)
 
     def specialised(self, mixture: Tensor) -> CloudModel:
         """Return the cloud model as it is for devices of a mixture of sub-tasks."""

@@ -101,11 +101,6 @@ class DeltaModules(nn.Module):
         return {self._names[key]: tensor for key, tensor in tensors.items()}
 
     @property
-    def empty(self) -> bool:
-        """Whether all differences are zero: every device gets W."""
-        return not any(bool(tensor.any()) for tensor in self.tensors.values())
-
-    @property
     def num_bytes(self) -> int:
         """Bytes that the cloud stores more."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())

@@ -298,7 +298,8 @@ def modularize(
         Most bytes the selector may take, as a share of the model's.
     sub_tasks : int (default: 0)
         Number of sub-tasks S that may get delta modules (`eclm_flower.modular.deltas`); the
-        selector then tells them apart, too. The same S in the cloud and on devices; 0: none.
+        selector then tells them apart, too. The same S in the cloud and on devices; 0: none. Those
+        that the proxy data lacks are for environments to come: only devices fill them.
         Not in the paper.
     gating : {"uniform", "selector"}, default "uniform"
         How a sub-model weighs the modules it holds; see `ModularModel`. The paper's is "selector";

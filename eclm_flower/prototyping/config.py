@@ -72,7 +72,8 @@ class PrototypingConfig:
         Peak of their learning rate, as a multiple of `enhancing_learning_rate`.
     delta_scales : tuple[float, ...] (default: (0, 0.5, 1))
         Of these, delta modules are multiplied by what makes sub-models as deployed most accurate on
-        proxy data that was held out, sub-tasks inferred; the most cautious first. 0: none are used.
+        proxy data that was held out, sub-tasks inferred; the most cautious first. 0: what
+        they hold comes from devices alone.
     held_out : float (default: 0.1)
         Share of the proxy data held out for that: the last samples of each sub-task. They train the
         whole model, but no sub-model; all of them train without delta modules.

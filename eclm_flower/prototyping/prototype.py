@@ -210,10 +210,10 @@ def _as_deployed(
         )
     held_out = None
     if model.sub_tasks and config.epochs_of_deltas > 0:
-        if proxy.num_sub_tasks != model.sub_tasks:
+        if proxy.num_sub_tasks > model.sub_tasks:
             raise PrototypingError(
-                f"Expected proxy data of the {model.sub_tasks} sub-tasks the model was modularised "
-                f"with, got {proxy.num_sub_tasks}."
+                f"Expected proxy data of at most the {model.sub_tasks} sub-tasks the model was "
+                f"modularised with, got {proxy.num_sub_tasks}."
             )
         targets[DELTAS] = torch.eye(model.sub_tasks)
         model.add_deltas()
@@ -226,7 +226,7 @@ def _as_deployed(
         )
     gates = mean_gates(model.selector, proxy)
     if model.deltas is not None:
-        model.deltas.gates.copy_(torch.from_numpy(gates[DELTAS]))
+        model.deltas.gates[: proxy.num_sub_tasks] = torch.from_numpy(gates[DELTAS])
     choose = by_importance(gates, model.costs)
     run(
         "sub-models as deployed",

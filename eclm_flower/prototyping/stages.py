@@ -282,7 +282,7 @@ def train_deltas(
             for sub_tasks, selection, _, x, y in itertools.islice(devices, config.devices_per_step):
                 with torch.no_grad():
                     state = model.narrowed_state(selection)
-                mixture = equal_mixture(sub_tasks, data.num_sub_tasks)
+                mixture = equal_mixture(sub_tasks, model.sub_tasks)
                 merged = deltas.merged(state, selection, mixture)
                 parts.append(F.cross_entropy(functional_call(model.body, merged, (x,)), y))
             losses.append(descent.step(torch.stack(parts).mean()))

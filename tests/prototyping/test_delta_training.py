@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from eclm_flower.adaptation.sub_tasks import mixture_from_importance
 from eclm_flower.errors import PrototypingError
 from eclm_flower.modular import modularize
 from eclm_flower.modular.deltas import equal_mixture
@@ -43,17 +44,21 @@ CONFIG = PrototypingConfig(
 )
 
 
-def build(*, deltas=True):
+def build(*, deltas=True, sub_tasks=2):
     torch.manual_seed(0)
     body = nn.Sequential(
         nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10)
     )
     model = modularize(
-        body, modules_per_layer=8, example_input=X[:1], selector_share=0.5, sub_tasks=2
+        body, modules_per_layer=8, example_input=X[:1], selector_share=0.5, sub_tasks=sub_tasks
     )
     if deltas:
         model.add_deltas()
     return model
+
+
+def all_zero(model):
+    return not any(tensor.any() for tensor in model.deltas.tensors.values())
 
 
 def quarter(sub_tasks, budget, rng):
@@ -130,7 +135,7 @@ def test_the_scale_is_chosen_by_held_out_accuracy(specialised):
 
 def test_deltas_that_harm_or_do_nothing_are_not_used(specialised):
     for by in (-1.0, 0.0):
-        assert scaled(specialised, by)[1].deltas.empty
+        assert all_zero(scaled(specialised, by)[1])
 
 
 def test_deltas_of_sub_tasks_that_are_taken_for_others_are_not_used(specialised):
@@ -141,7 +146,7 @@ def test_deltas_of_sub_tasks_that_are_taken_for_others_are_not_used(specialised)
             tensor[-2:] = tensor[-2:].flip(0)
     accuracies = choose_scale(model, HELD_OUT, quarter, CONFIG)
     assert accuracies[1.0] < accuracies[0.0]
-    assert model.deltas.empty
+    assert all_zero(model)
 
 
 def test_the_model_is_as_without_deltas_to_the_last_bit():
@@ -173,7 +178,7 @@ SHORT = PrototypingConfig(epochs=2, selector_epochs=2, enhancing_epochs=1, delta
 def test_the_offline_stage_makes_nested_sub_models_with_deltas():
     model = build(deltas=False)
     report = prototype(model, PROXY.data, sub_tasks=PROXY.sub_tasks, config=SHORT, progress=False)
-    assert not model.deltas.empty
+    assert not all_zero(model)
     assert list(report.delta_scales) == [1.0]
     stages = ["whole model", "selector", "sub-models as deployed", "delta modules"]
     assert list(report.losses) == stages
@@ -193,8 +198,24 @@ def test_without_epochs_there_are_no_deltas():
     assert "selector" not in report.losses  # there is nothing to tell apart
 
 
-def test_other_sub_tasks_than_the_models_are_refused():
-    with pytest.raises(PrototypingError, match=r"of the 2 sub-tasks the model was .* got 3"):
+def test_sub_tasks_that_the_proxy_data_lacks_start_from_zero_and_are_nobodys_guess():
+    model = build(deltas=False, sub_tasks=3)
+    prototype(model, PROXY.data, sub_tasks=PROXY.sub_tasks, config=SHORT, progress=False)
+    for tensor in model.deltas.tensors.values():
+        assert tensor[:2].any()
+        assert not tensor[2].any()
+    np.testing.assert_allclose(model.deltas.gates.sum(dim=1), 1)
+    assert model.deltas.gates[2].tolist() == [0, 0, 1]
+    gates = {DELTAS: model.deltas.gates.numpy()}
+    for known in (0, 1):
+        x = X[ORDER[:1000]][PROXY.sub_tasks == known]
+        mixture = mixture_from_importance(model.importance([x]), gates)
+        assert mixture.argmax() == known
+        assert mixture[2] < 0.05
+
+
+def test_more_sub_tasks_than_the_models_are_refused():
+    with pytest.raises(PrototypingError, match=r"at most the 2 sub-tasks the model was .* got 3"):
         prototype(
             build(deltas=False),
             PROXY.data,

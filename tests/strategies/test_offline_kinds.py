@@ -138,12 +138,10 @@ def test_whole_and_split_have_equal_whole_models(prepared):
     torch.testing.assert_close(whole(X[:50]), split(X[:50]), rtol=1e-4, atol=1e-4)
 
 
-def test_blank_deltas_change_nothing_yet_and_others_do(prepared):
+def test_blank_deltas_are_zero_and_others_are_not(prepared):
     for offline in FURTHER:
-        deltas = prepared[offline].deltas
-        assert not deltas.empty, "they would not learn"
-        largest = max(float(tensor.detach().abs().max()) for tensor in deltas.tensors.values())
-        assert (largest < 1e-6) is (offline == "blank"), offline
+        zero = not any(tensor.any() for tensor in prepared[offline].deltas.tensors.values())
+        assert zero is (offline == "blank"), offline
 
 
 def test_a_teacher_brings_sub_models_closer_to_the_whole_model(prepared):
