@@ -126,6 +126,18 @@ def test_a_device_that_tells_its_sub_tasks_is_believed():
             assert torch.equal(tensor, plain[key]) is (device == 0), "alike is unknown: W itself"
 
 
+def test_a_delta_is_born_where_devices_tell_a_sub_task_to_spare():
+    def spare(device):
+        return [0, 0, 1] if device > 1 else [1, 0, 0]
+
+    app = eclm_app(budget=half, sub_tasks=S, mixture=spare)
+    _, after = run(cloud_model(zero=True), 1, app=app)
+    for key, tensor in after.items():
+        if key.startswith("deltas.0"):
+            assert tensor[2].any()
+            assert not tensor[1].any(), "nobody is of it"
+
+
 def test_what_devices_tell_of_sub_tasks_is_in_a_checkpoint(tmp_path):
     app = eclm_app(budget=half, sub_tasks=S, mixture=lambda d: told(d) if d < 3 else None)
     straight, after = run(cloud_model(), 3, app=app, budget_every=9)
