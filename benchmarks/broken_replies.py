@@ -175,7 +175,13 @@ def _add_record(rng: np.random.Generator, content: RecordDict) -> None:
 def _change_metric(rng: np.random.Generator, content: RecordDict) -> None:
     for record in content.metric_records.values():
         names = [*record, "num-examples", "new", "eclm.importance.0", "eclm.importance.9", ""]
-        names += ["eclm.modules.0", "eclm.modules.1", "eclm.cached.0", "eclm.device"]
+        names += [
+            "eclm.modules.0",
+            "eclm.modules.1",
+            "eclm.cached.0",
+            "eclm.device",
+            "eclm.mixture",
+        ]
         record[str(_one(rng, names))] = _value(rng)  # type: ignore[assignment]
 
 
