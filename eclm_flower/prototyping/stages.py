@@ -33,6 +33,8 @@ Stage = Iterator[float]
 Choice = Callable[[tuple[int, ...], Budget, np.random.Generator], Selection]
 """(sub-tasks of a simulated device, its budget, random numbers) -> its sub-model."""
 
+_DECIMALS = 12  # of importance: what differs by less is the same sub-model
+
 
 class _Descent:
     """SGD with Nesterov momentum, clipped gradients, warm-up and cosine decay."""
@@ -190,11 +192,16 @@ def by_importance(importance: Mapping[str, np.ndarray], costs: CostTable) -> Cho
     """
 
     @lru_cache(maxsize=4096)
-    def derived(sub_tasks: tuple[int, ...], budget: Budget) -> Selection:
-        own = {name: rows[list(sub_tasks)].mean(axis=0) for name, rows in importance.items()}
-        return derive(own, costs, budget)
+    def derived(own: tuple[bytes, ...], budget: Budget) -> Selection:
+        rows = (np.frombuffer(row) for row in own)
+        return derive(dict(zip(costs.modules, rows, strict=True)), costs, budget)
 
-    return lambda sub_tasks, budget, rng: derived(sub_tasks, budget)
+    def choose(sub_tasks: tuple[int, ...], budget: Budget, rng: np.random.Generator) -> Selection:
+        # Nested sub-models are the same for all sub-tasks, whose importance differs by rounding.
+        means = (importance[name][list(sub_tasks)].mean(axis=0) for name in costs.modules)
+        return derived(tuple(mean.round(_DECIMALS).tobytes() for mean in means), budget)
+
+    return choose
 
 
 def train_as_deployed(

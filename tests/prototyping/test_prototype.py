@@ -12,12 +12,14 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from eclm_flower.adaptation.derivation import derive
 from eclm_flower.errors import PrototypingError
 from eclm_flower.modular import modularize
-from eclm_flower.prototyping import PrototypingConfig, accuracy, prototype
+from eclm_flower.prototyping import PrototypingConfig, accuracy, prototype, stages
 from eclm_flower.prototyping.grouping import unit_responses
 from eclm_flower.prototyping.proxy import ProxyData
 from eclm_flower.prototyping.stages import (
+    budget_of,
     by_importance,
     enhance_abilities,
     mean_gates,
@@ -232,6 +234,26 @@ def test_the_whole_model_trains_beside_the_sub_models(small_mlp):
     list(train_as_deployed(model, proxy, choose, config, torch.Generator()))
     after = layer.packed("0.weight", model.body[0].weight)
     assert ((after - before).flatten(1).norm(dim=1) > 0).all()
+
+
+def test_sub_tasks_of_equal_importance_but_for_rounding_are_derived_once(small_mlp, monkeypatch):
+    model = modularize(small_mlp(), modules_per_layer=4, example_input=torch.zeros(1, 6))
+    asked = []
+
+    def counted(importance, costs, budget):
+        asked.append(budget)
+        return derive(importance, costs, budget)
+
+    monkeypatch.setattr(stages, "derive", counted)
+    rows = np.array([[0.4, 0.3, 0.2, 0.1]]) + 1e-15 * np.arange(3)[:, None]
+    choose = by_importance({**dict.fromkeys(model.layers, rows), "deltas": np.eye(3)}, model.costs)
+    budgets = [budget_of(model.costs, share) for share in (0.5, 0.75)]
+    rng = np.random.default_rng(0)
+    chosen = [choose((task,), budget, rng) for task in range(3) for budget in budgets]
+    assert chosen == 3 * [
+        derive(dict.fromkeys(model.layers, rows[0]), model.costs, b) for b in budgets
+    ]
+    assert asked == budgets
 
 
 def test_mean_gates_are_the_load_of_each_sub_task(deployed):
