@@ -35,9 +35,6 @@ app = ClientApp()
 
 TRAIN, ADAPT, SELECT = 0, 1, 2  # purposes of a device's random numbers
 
-# Kinds of cloud models with delta modules: only there is it of use what a device's sub-tasks are.
-_WITH_DELTAS = {"modules", "blank", "untaught"}
-
 
 class _ReadOnlyCache(ModuleCache):
     """A cache for the experimenter's messages, which a real device would not get."""
@@ -140,15 +137,15 @@ def _task(msg: Message, context: Context) -> _Task:
 def query(msg: Message, context: Context) -> Message:
     """Tell the cloud this device's budget and, if asked, what matters to its data."""
     task = _task(msg, context)
-    train = task.world.data(task.device, task.step).train
+    world, device = task.world, task.device
     with one_thread():
         return profile(
             msg,
             context,
-            task.world.model,
-            lambda: DataLoader(train, batch_size=256),
-            budget=task.world.budget(task.device, task.moment),
-            mixture=task.world.mixture(train) if task.method.offline in _WITH_DELTAS else None,
+            world.model,
+            lambda: DataLoader(world.data(device, task.step).train, batch_size=256),
+            budget=world.budget(device, task.moment),
+            mixture=world.mixture(device, task.step) if task.method.has_deltas else None,
             cache=task.cache(),
         )
 

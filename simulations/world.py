@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 from eclm_flower import Budget, modularize
 from eclm_flower.modular import ModularModel
@@ -70,12 +69,12 @@ class World:
         number = int(self.environment.proxy_sub_tasks.max()) + 1
         return number if number <= MOST_DELTAS else 0
 
-    def mixture(self, data: TensorDataset) -> Tensor | None:
+    def mixture(self, device: int, step: int) -> Tensor | None:
         """Return the shares of the sub-tasks ``[S]`` in a device's data, if labels tell them."""
         if not self.sub_tasks or not self.environment.sub_tasks_are_classes:
             return None
-        labels = data.tensors[1]
-        return torch.bincount(labels, minlength=self.sub_tasks) / len(labels)
+        labels = self.environment.device_labels(device, self.settings.phase(step))
+        return torch.bincount(torch.from_numpy(labels), minlength=self.sub_tasks) / len(labels)
 
     @cached_property
     def fleet(self) -> list[Device]:

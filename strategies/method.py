@@ -17,7 +17,7 @@ from eclm_flower.federation.client import selection_of
 from eclm_flower.federation.messages import BODY, to_tensors
 from eclm_flower.modular import ModularModel, Selection
 from strategies.local_training import Training, train
-from strategies.offline import Offline
+from strategies.offline import WITH_DELTAS, Offline
 
 # The first argument is what the method's own `receive` returns.
 Select = Callable[[Any, TensorDataset, torch.Generator], None]
@@ -98,3 +98,8 @@ class Method:
     cached: bool = True
     feedback: bool = False
     local: bool = True
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether its cloud model has delta modules, so that devices tell their sub-tasks."""
+        return self.offline in WITH_DELTAS

@@ -54,6 +54,9 @@ Offline = Literal[
 ]
 
 
+#: Kinds with delta modules: only there is it of use what a device's sub-tasks are.
+WITH_DELTAS = frozenset[Offline]({"modules", "blank", "untaught"})
+
 CHOSEN_CORE = 2  # modules that all have where others are chosen; more helped nobody in our trials
 
 
@@ -81,7 +84,7 @@ def prepare(
         Further parameters of `eclm_flower.prototype`, sub-tasks among them.
     """
     config = replace(config, epochs=0)
-    if offline in ("no-deltas", "chosen", "split"):
+    if offline not in WITH_DELTAS:
         config = replace(config, delta_epochs=0)
     if offline == "blank":
         config = replace(config, delta_scales=(0.0,), delta_epochs=1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
 from simulations.datasets import LabelledData
@@ -192,7 +193,7 @@ class Environment:
             self._decoded[number, phase] = DeviceData(
                 train=self._decode(self._data.train, train, view, f"{purpose}, training"),
                 test=self._decode(self.test_pool, test, view, f"{purpose}, test"),
-                classes=tuple(np.unique(self._labels.train[train]).tolist()),
+                classes=tuple(np.unique(self.device_labels(number, phase)).tolist()),
             )
         return self._decoded[number, phase]
 
@@ -206,6 +207,10 @@ class Environment:
         while len(self._train_rows[number]) <= phase:
             self._train_rows[number].append(self._shifted(number, len(self._train_rows[number])))
         return self._train_rows[number][phase]
+
+    def device_labels(self, number: int, phase: int = 0) -> NDArray[np.int64]:
+        """Return the labels that device ``number`` trains on, without decoding a sample."""
+        return self._labels.train[self.device_train_rows(number, phase)]
 
     def device_test_rows(self, number: int, phase: int = 0) -> Rows:
         """Return the rows of ``test_pool`` that device ``number`` is tested on, ascending.

@@ -76,7 +76,7 @@ def test_devices_tell_their_labels_shares_where_sub_tasks_are_classes(options):
     world = World(Settings(**options, steps=2), seed=0)
     for step in (0, 1):
         data = world.data(3, step)
-        shares = world.mixture(data.train)
+        shares = world.mixture(3, step)
         assert shares.shape == (10,)
         assert shares.sum() == pytest.approx(1)
         assert tuple(shares.nonzero().flatten().tolist()) == data.classes
@@ -87,7 +87,7 @@ def test_devices_tell_their_labels_shares_where_sub_tasks_are_classes(options):
 def test_labels_do_not_tell_environments():
     world = World(Settings(feature_shift="known", views=("plain", "noise")), seed=0)
     assert world.sub_tasks == 2
-    assert world.mixture(world.data(3, 0).train) is None
+    assert world.mixture(3, 0) is None
 
 
 def test_any_seed_will_do(tmp_path):

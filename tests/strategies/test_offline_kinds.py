@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from eclm_flower import PrototypingConfig, modularize, prototype
 from eclm_flower.prototyping import accuracy
 from strategies import METHODS
-from strategies.offline import Offline, prepare
+from strategies.offline import WITH_DELTAS, Offline, prepare
 from strategies.scaler import scale_hidden_units
 from strategies.windows import scattered, window
 
@@ -59,6 +59,7 @@ def prepared(trained):
         further.pop("selector", None)
         of_deltas = further.pop("delta modules", 0)
         assert of_deltas == FURTHER.get(offline, 0), "what nobody else has"
+        assert (models[offline].deltas is not None) == (offline in WITH_DELTAS)
         assert list(further.values()) == [4], "every kind takes as many further epochs"
     return models
 
