@@ -24,7 +24,7 @@ from simulations.settings import Settings, SettingsError, option
 ROWS, NOTES, PICTURE, SUMMARY = "results.csv", "run.json", "accuracy.png", "summary.json"
 _FOLDERS = ("offline", "devices")
 #: May differ when a run is resumed: what is there stays, what is missing is done.
-_EXTENDABLE = ("strategies", "seeds", "out", "offline_dir", "resume")
+_EXTENDABLE = ("strategies", "seeds", "data_dir", "out", "offline_dir", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)

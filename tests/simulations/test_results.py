@@ -164,7 +164,8 @@ def test_a_record_goes_on_where_it_stopped(tmp_path: Path):
     settings = Settings(out=str(tmp_path), seeds=(0, 1))
     record = Record.begin(settings, "ray")
     record.add("fedavg", 0, ROWS[:6], 1.0)
-    again = Record.begin(replace(settings, resume=True), "ray")
+    # Also where the data has moved to another folder.
+    again = Record.begin(replace(settings, resume=True, data_dir="elsewhere"), "ray")
     assert again.done == [("fedavg", 0)]
     assert again.frame.equals(record.frame)
     again.add("eclm", 0, ROWS[6:], 2.0)
