@@ -65,7 +65,7 @@ def main(
         )
         start = start_of(World(settings, seed), shares, whole_models)
         for row in searched(start, grid):
-            rows.append({"seed": seed, **row})
+            rows.append({"seed": seed, "budgets": budgets, **row})
             print(row, flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(rows).to_csv(out, index=False)
