@@ -7,8 +7,10 @@
 
 CIFAR-10 with ResNet18, 2 classes a device, and CIFAR-100 with VGG16, 10 classes a device; 500
 devices, 25 a round; the paper's baselines as it ran them. A data set's strategies start from one
-trained whole model and then run side by side, a process each: small models leave a GPU idle most of
-the time. What is done is on disk at once, and what is not done in time is dropped.
+trained whole model and then run side by side, a process each. What is done is on disk at once, and
+what is not done in time is dropped. Ten processes at once were too many for an H200: preparing
+sub-models took most of 9 minutes. Where time is short, run a part, ``--cases`` and
+``--strategies``, in a command of its own.
 
 *Paper*: its accuracy (%). *Adapted*: ours after local adaptation, which is what the paper gives for
 methods that adapt; *accuracy*: of the model as it was sent, the paper's for FedAvg and for the
@@ -39,7 +41,7 @@ from simulations.engine import run
 from simulations.offline import DENSE
 from simulations.presets import read_preset
 from simulations.results import ROWS, Record
-from simulations.settings import Settings
+from simulations.settings import Settings, split_list
 from simulations.summary import summarise
 
 # Preset -> strategy -> accuracy (%) in the paper's Table 1.
@@ -61,14 +63,9 @@ PAPER = {
         "eclm": 74.20,
     },
 }
-#: Strategies of one process. The first that gets there trains the whole model, the others wait.
-PROCESSES = (
-    ("no-adaptation", "local-adaptation"),
-    ("eclm",),
-    ("fedavg",),
-    ("heterofl",),
-    ("adaptivenet",),
-)
+#: Strategies of one process, with colons between those of several processes. The first that gets
+#: there trains the whole model, the others wait.
+STRATEGIES = "no-adaptation,local-adaptation:eclm:fedavg:heterofl:adaptivenet"
 SMOKE = {
     "devices": 40,
     "per_round": 5,
@@ -131,6 +128,9 @@ def main(
     evaluated: Annotated[int, typer.Option(help="Devices evaluated, of 500.")] = 150,
     epochs: Annotated[int, typer.Option(help="Of the whole model; 0: the preset's.")] = 0,
     enhancing_epochs: Annotated[int, typer.Option(help="Of sub-models; 0: the preset's.")] = 0,
+    strategies: Annotated[
+        str, typer.Option(help="Comma separated in one process, colons between processes.")
+    ] = STRATEGIES,
     smoke: Annotated[bool, typer.Option("--smoke", help="Everything, in tiny.")] = False,
 ) -> None:
     """Run all strategies on all cases within a time, and print a table beside the paper's."""
@@ -140,7 +140,7 @@ def main(
     options = {"data_dir": str(data_dir), "compute": compute, **(SMOKE if smoke else sizes)}
     works = []
     for case in cases.split(","):
-        works += works_of(case, read_preset(case), options, work)
+        works += works_of(case, read_preset(case), options, work, strategies)
     shutil.rmtree(work, ignore_errors=True)
     finished = run_all(works, out, seconds=seconds)
     for each in works:
@@ -151,15 +151,19 @@ def main(
 
 
 def works_of(
-    case: str, preset: Mapping[str, Any], options: Mapping[str, Any], folder: Path
+    case: str,
+    preset: Mapping[str, Any],
+    options: Mapping[str, Any],
+    folder: Path,
+    strategies: str = STRATEGIES,
 ) -> list[Work]:
     """Divide a case into works, one a process, that share what the cloud prepares."""
     works = []
     shared = {"offline_dir": str(folder / case / "offline")}
-    for strategies in PROCESSES:
-        own = {"strategies": strategies, "out": str(folder / case / strategies[0])}
+    for names in (split_list(part) for part in strategies.split(":")):
+        own = {"strategies": names, "out": str(folder / case / names[0])}
         settings = Settings.suited(**{**preset, **options, **shared, **own})
-        log = folder / LOGS / f"{case}-{strategies[0]}.log"
+        log = folder / LOGS / f"{case}-{names[0]}.log"
         works.append(Work(case=case, settings=settings, log=log))
     return works
 

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import paper_scale
-from benchmarks.paper_scale import PAPER, PROCESSES, run_all, table_of, works_of
+from benchmarks.paper_scale import PAPER, STRATEGIES, run_all, table_of, works_of
 from simulations.presets import read_preset
 from strategies import METHODS
 
@@ -21,13 +21,8 @@ TINY = {
 CASE = "paper-cifar10"
 
 
-def works(monkeypatch, out, *processes):
-    monkeypatch.setattr(paper_scale, "PROCESSES", processes)
-    return works_of(CASE, TINY, {}, out)
-
-
 def test_all_of_the_papers_strategies_are_run_once():
-    strategies = sorted(name for names in PROCESSES for name in names)
+    strategies = sorted(STRATEGIES.replace(":", ",").split(","))
     assert set(strategies) <= set(METHODS)
     for case, figures in PAPER.items():
         assert sorted(figures) == strategies
@@ -35,8 +30,8 @@ def test_all_of_the_papers_strategies_are_run_once():
 
 
 @pytest.mark.timeout(600)
-def test_strategies_start_from_one_whole_model_and_leave_rows(monkeypatch, tmp_path):
-    mine = works(monkeypatch, tmp_path, ("no-adaptation",), ("eclm",))
+def test_strategies_start_from_one_whole_model_and_leave_rows(tmp_path):
+    mine = works_of(CASE, TINY, {}, tmp_path, "no-adaptation:eclm")
     table = run_all(mine, tmp_path, seconds=550)
     assert list(table["strategy"]) == ["no-adaptation", "eclm"]
     assert list(table["paper"]) == [73.55, 90.86]
@@ -52,9 +47,9 @@ def test_strategies_start_from_one_whole_model_and_leave_rows(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("seconds", [200, 4])
-def test_what_fails_or_takes_too_long_is_dropped(monkeypatch, tmp_path, seconds):
+def test_what_fails_or_takes_too_long_is_dropped(tmp_path, seconds):
     """Either there is no data, or no time for anything."""
-    mine = works(monkeypatch, tmp_path, ("no-adaptation",), ("eclm",))
+    mine = works_of(CASE, TINY, {}, tmp_path, "no-adaptation:eclm")
     if seconds == 200:
         for work in mine:
             work.settings = paper_scale.replace(work.settings, dataset="cifar10", data_dir="/no")
