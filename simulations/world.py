@@ -24,7 +24,7 @@ from simulations.models import build_model
 from simulations.settings import JudgedOn, Settings
 
 #: Most sub-tasks that get delta modules: the cloud stores a core, a quarter of a model, for each.
-MOST_DELTAS = 64
+MOST_DELTAS = 128
 
 
 @dataclass(frozen=True)
