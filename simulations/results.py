@@ -24,7 +24,7 @@ from simulations.settings import Settings, SettingsError, option
 ROWS, NOTES, PICTURE, SUMMARY = "results.csv", "run.json", "accuracy.png", "summary.json"
 _FOLDERS = ("offline", "devices")
 #: May differ when a run is resumed: what is there stays, what is missing is done.
-_EXTENDABLE = ("strategies", "seeds", "data_dir", "out", "offline_dir", "resume")
+EXTENDABLE = ("strategies", "seeds", "data_dir", "out", "offline_dir", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ class Record:
         notes = json.loads((out / NOTES).read_text())
         now = json.loads(json.dumps(asdict(settings)))
         for name, value in notes["settings"].items():
-            if name not in _EXTENDABLE and now.get(name) != value:
+            if name not in EXTENDABLE and now.get(name) != value:
                 raise SettingsError(
                     f"Expected the settings of the run in {out} with --resume, where "
                     f"{option(name)} was {value}, got {now.get(name)}; use the same, or another "

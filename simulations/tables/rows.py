@@ -15,12 +15,12 @@ from typing import Any
 
 import pandas as pd
 
-from simulations.results import replace_file
+from simulations.results import EXTENDABLE, replace_file
 from simulations.settings import Settings, SettingsError, option
 from simulations.summary import curves
 
 #: What may differ between the run of one seed and the row, and places, which are no settings.
-_FREE = ("strategies", "seeds", "out", "offline_dir", "resume", "data_dir", "rates", "compute")
+_FREE = (*EXTENDABLE, "rates", "compute")
 _ENDS = {  # column of a run -> here; means over the ends of steps
     "accuracy_before": "sent",
     "accuracy_after": "adapted",
