@@ -133,16 +133,14 @@ class DeltaModules(nn.Module):
         if self.sub_tasks > 1:
             number = self.sub_tasks
             weights = (weights - 1 / number).clamp(min=0) * (number / (number - 1))
+        rows = weights.nonzero()[:, 0]  # a device has few of many sub-tasks
+        weights, rows = weights[rows].to(self.gates.device), rows.to(self.gates.device)
         result = {}
         for key, differences in self.tensors.items():
-            difference = torch.tensordot(weights.to(differences), differences, dims=1)
+            own = differences.flatten(1).index_select(0, rows)
+            difference = (weights.to(own.dtype) @ own).view(differences.shape[1:])
             if (layer := self._layers.get(key)) is not None:
-                modules = selection[layer.name]
-                held = [module for module in modules if module < self.core[layer.name]]
-                narrow = difference
-                shape = layer.narrowed_shape(key, narrow.shape, len(modules))
-                difference = narrow.new_zeros(shape)
-                layer.packed(key, difference)[: len(held)] = layer.packed(key, narrow)[held]
+                difference = layer.widened(key, difference, selection[layer.name])
             result[key] = difference
         return result
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -133,6 +134,35 @@ class ModuleLayer:
         in_front = tensor.movedim(axis.dim, 0)
         size = self.units_per_module * axis.width
         return torch.unflatten(in_front, 0, (axis.parts, -1, size)).transpose(0, 1)
+
+    def widened(self, key: str, tensor: Tensor, modules: Sequence[int]) -> Tensor:
+        """Lay a tensor that holds the first c modules out as one that holds some of all modules.
+
+        Parameters
+        ----------
+        key : str
+            State key, one of `axes`.
+        tensor : Tensor
+            ``[..., parts * c * h * width, ...]``.
+        modules : sequence of int
+            Modules, ascending.
+
+        Returns
+        -------
+        Tensor
+            ``[..., parts * m * h * width, ...]``; zero where a module isn't among the first c.
+            Gradients flow back to `tensor`.
+        """
+        axis = self.axes[key]
+        size = self.units_per_module * axis.width
+        pieces = torch.unflatten(tensor, axis.dim, (axis.parts, -1, size))
+        held = [module for module in modules if module < pieces.shape[axis.dim + 1]]
+        if len(held) < pieces.shape[axis.dim + 1]:
+            chosen = torch.tensor(held, dtype=torch.int64, device=tensor.device)
+            pieces = pieces.index_select(axis.dim + 1, chosen)
+        behind = (0, 0) * (pieces.ndim - axis.dim - 2)
+        padded = F.pad(pieces, (*behind, 0, len(modules) - len(held)))
+        return padded.flatten(axis.dim, axis.dim + 2)
 
     def narrowed_shape(self, key: str, shape: Sequence[int], modules: int) -> list[int]:
         """Shape of a tensor that holds m modules, from that of the whole one."""
