@@ -43,6 +43,7 @@ _LEAST = {
     "rounds": 0,
     "epochs": 0,
     "enhancing_epochs": 0,
+    "delta_epochs": -1,
     "evaluated": 0,
 }
 _CLOUD_ONLY = (
@@ -54,6 +55,7 @@ _CLOUD_ONLY = (
     "resume",
     "availability",
     "dropout",
+    "delta_epochs",
     "evaluated",
 )
 
@@ -130,6 +132,8 @@ class Settings:
         back from it.
     epochs, enhancing_epochs : int (defaults: 14, 9)
         Of the offline stage; see `eclm_flower.PrototypingConfig`.
+    delta_epochs : int (default: -1)
+        Of ECLM's delta modules, likewise. -1: twice `enhancing_epochs`.
     module_cache : bool (default: False)
         Devices keep the modules they got, and are sent only what is new to them.
     evaluate_every : int (default: 1)
@@ -178,6 +182,7 @@ class Settings:
     guard: bool = False
     epochs: int = 14
     enhancing_epochs: int = 9
+    delta_epochs: int = -1
     module_cache: bool = False
     evaluate_every: int = 1
     evaluated: int = 0

@@ -134,7 +134,8 @@ class DeltaModules(nn.Module):
             number = self.sub_tasks
             weights = (weights - 1 / number).clamp(min=0) * (number / (number - 1))
         rows = weights.nonzero()[:, 0]  # a device has few of many sub-tasks
-        weights, rows = weights[rows].to(self.gates.device), rows.to(self.gates.device)
+        device = next(self.parameters()).device
+        weights, rows = weights[rows].to(device), rows.to(device)
         result = {}
         for key, differences in self.tensors.items():
             own = differences.flatten(1).index_select(0, rows)

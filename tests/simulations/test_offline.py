@@ -65,3 +65,9 @@ def test_an_unfinished_file_is_not_taken_for_a_model(tmp_path: Path):
 def test_simulated_devices_see_as_many_sub_tasks_as_real_ones(options: dict, most: int):
     world = World(Settings(devices=8, **options), seed=0)
     assert config_of(world).sub_tasks_per_device == (1, most)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(-1, 8), (0, 0), (3, 3)])
+def test_delta_modules_train_for_twice_the_epochs_unless_told(given: int, expected: int):
+    settings = Settings(devices=8, enhancing_epochs=4, delta_epochs=given)
+    assert config_of(World(settings, seed=0)).epochs_of_deltas == expected

@@ -45,7 +45,12 @@ def test_what_the_whole_model_depends_on(changed: dict):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"enhancing_epochs": 2}, {"fleet": "uniform:0.25"}, {"classes_per_device": 3}],
+    [
+        {"enhancing_epochs": 2},
+        {"delta_epochs": 1},
+        {"fleet": "uniform:0.25"},
+        {"classes_per_device": 3},
+    ],
 )
 def test_what_only_the_further_preparation_depends_on(changed: dict):
     dense, nested = names(replace(BASE, **changed))
