@@ -65,7 +65,8 @@ def main(
         )
         start = start_of(World(settings, seed), shares, whole_models)
         for row in searched(start, grid):
-            rows.append({"seed": seed, "budgets": budgets, **row})
+            sub_models = {"enhancing_epochs": enhancing_epochs}
+            rows.append({"seed": seed, "budgets": budgets, **sub_models, **row})
             print(row, flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(rows).to_csv(out, index=False)

@@ -1,10 +1,12 @@
 """Tables that come along are sound; a user's own are read with care."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from eclm_flower import PrototypingConfig
 from simulations.settings import SettingsError
 from simulations.tables.definition import FOLDER, RESULTS, known_tables, read_table
 from simulations.tables.paper_block import paper_row
@@ -65,11 +67,20 @@ def test_every_table_is_sound(name: str):
 def test_there_is_a_table_for_each_question():
     assert known_tables() == ["ablations", "cost", "honest", "paper"]
     honest = read_table("honest")
-    numbers = {row.name: len(row.settings().strategies) for row in honest.rows}
+    settings = {row.name: row.settings() for row in honest.rows}
+    longer = {name: settings.pop(name) for name in list(settings) if name.endswith("-longer")}
+    numbers = {name: len(own.strategies) for name, own in settings.items()}
     assert set(numbers.values()) == {9, 10, 12}
     assert numbers["cifar10-m2"] == numbers["features-quarter"] == 12
-    assert all(row.settings().strategies[0] == "eclm" for row in honest.rows)
+    assert all(own.strategies[0] == "eclm" for own in settings.values())
     assert all(row.tuned for row in honest.rows)
+    for name, own in longer.items():  # nothing but the epochs that delta modules have beside
+        same = settings[name.removesuffix("-longer")]
+        offline = PrototypingConfig(enhancing_epochs=same.enhancing_epochs)
+        assert own.enhancing_epochs == offline.enhancing_epochs + offline.epochs_of_deltas
+        assert own == replace(
+            same, enhancing_epochs=own.enhancing_epochs, strategies=own.strategies, rates=own.rates
+        )
 
 
 def test_options_come_from_preset_table_data_set_and_row(tmp_path: Path):
