@@ -64,9 +64,9 @@ def main(
             enhancing_epochs=enhancing_epochs,
         )
         start = start_of(World(settings, seed), shares, whole_models)
+        about = {"seed": seed, "budgets": budgets, "enhancing_epochs": enhancing_epochs}
         for row in searched(start, grid):
-            sub_models = {"enhancing_epochs": enhancing_epochs}
-            rows.append({"seed": seed, "budgets": budgets, **sub_models, **row})
+            rows.append({**about, **row})
             print(row, flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(rows).to_csv(out, index=False)
