@@ -177,8 +177,9 @@ def before_deltas(start: Start) -> ModularModel:
     for _ in train_selector(model, start.train, targets, start.config, generator):
         pass
     deltas.gates.copy_(torch.from_numpy(mean_gates(model.selector, start.train)[DELTAS]))
-    choose = nested_choice(model)
-    for loss in train_as_deployed(model, start.train, choose, start.config, generator):
+    choose, config = nested_choice(model), start.config
+    epochs = config.enhancing_epochs - config.delta_epochs
+    for loss in train_as_deployed(model, start.train, choose, config, generator, epochs=epochs):
         print(f"  nested sub-models: loss {loss:.3f}", flush=True)
     return model
 

@@ -121,9 +121,9 @@ def run(
     ] = _DEFAULT.guard,
     epochs: Epochs = -1,
     enhancing_epochs: EnhancingEpochs = -1,
-    delta_epochs: Annotated[
-        int, Option(help="Offline: epochs of delta modules. -1: twice those of sub-models.")
-    ] = _DEFAULT.delta_epochs,
+    delta_share: Annotated[
+        float, Option(help="Of those epochs, for ECLM's delta modules; 0: it has none.")
+    ] = _DEFAULT.delta_share,
     module_cache: Annotated[
         bool, Option(help="Devices keep modules, and are sent only what is new to them.")
     ] = _DEFAULT.module_cache,

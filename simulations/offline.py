@@ -57,7 +57,7 @@ class OfflineStage:
             self._config,
             enhancing_epochs=0,
             selector_epochs=0,
-            delta_epochs=PrototypingConfig.delta_epochs,
+            delta_share=0,
             sub_tasks_per_device=PrototypingConfig.sub_tasks_per_device,
             budget_shares=PrototypingConfig.budget_shares,
         )
@@ -157,7 +157,7 @@ def config_of(world: World) -> PrototypingConfig:
         seed=world.seed,
         epochs=settings.epochs,
         enhancing_epochs=settings.enhancing_epochs,
-        delta_epochs=None if settings.delta_epochs < 0 else settings.delta_epochs,
+        delta_share=settings.delta_share,
         sub_tasks_per_device=(1, _sub_tasks_seen(world)),
         budget_shares=usual_shares(settings.fleet),
     )

@@ -43,7 +43,6 @@ _LEAST = {
     "rounds": 0,
     "epochs": 0,
     "enhancing_epochs": 0,
-    "delta_epochs": -1,
     "evaluated": 0,
 }
 _CLOUD_ONLY = (
@@ -55,7 +54,7 @@ _CLOUD_ONLY = (
     "resume",
     "availability",
     "dropout",
-    "delta_epochs",
+    "delta_share",
     "evaluated",
 )
 
@@ -132,8 +131,8 @@ class Settings:
         back from it.
     epochs, enhancing_epochs : int (defaults: 14, 9)
         Of the offline stage; see `eclm_flower.PrototypingConfig`.
-    delta_epochs : int (default: -1)
-        Of ECLM's delta modules, likewise. -1: twice `enhancing_epochs`.
+    delta_share : float (default: 0.33)
+        Of `enhancing_epochs`, for ECLM's delta modules; likewise.
     module_cache : bool (default: False)
         Devices keep the modules they got, and are sent only what is new to them.
     evaluate_every : int (default: 1)
@@ -182,7 +181,7 @@ class Settings:
     guard: bool = False
     epochs: int = 14
     enhancing_epochs: int = 9
-    delta_epochs: int = -1
+    delta_share: float = 0.33
     module_cache: bool = False
     evaluate_every: int = 1
     evaluated: int = 0
@@ -238,6 +237,7 @@ class Settings:
         _expect(0 < self.availability <= 1, "--availability above 0, at most 1", self.availability)
         _expect(0 <= self.dropout < 1, "--dropout from 0 to below 1", self.dropout)
         _expect(0 <= self.shift <= 1, "--shift from 0 to 1", self.shift)
+        _expect(0 <= self.delta_share <= 1, "--delta-share from 0 to 1", self.delta_share)
         _expect(0 <= self.alpha < float("inf"), "--alpha of at least 0", self.alpha)
         _expect(
             not (self.alpha and self.classes_per_device),

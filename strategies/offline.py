@@ -3,7 +3,7 @@
 Equal preparation decides a comparison, so all kinds start from the same trained whole model and
 take the same number of further epochs on the same proxy data. In those epochs the cloud trains
 sub-models as the method will deploy them, with the same simulated devices, budgets and distillation
-(`eclm_flower.prototyping.train_as_deployed`). ECLM's delta modules train after that, alone:
+(`eclm_flower.prototyping.train_as_deployed`); ECLM's delta modules get the last third of them:
 
 =============  ====================================================================================
 kind           sub-models trained in the cloud
@@ -85,9 +85,9 @@ def prepare(
     """
     config = replace(config, epochs=0)
     if offline not in WITH_DELTAS:
-        config = replace(config, delta_epochs=0)
+        config = replace(config, delta_share=0)
     if offline == "blank":
-        config = replace(config, delta_scales=(0.0,), delta_epochs=1)
+        config = replace(config, delta_scales=(0.0,))
     if offline == "untaught":
         config = replace(config, distillation=0.0)
     if offline == "chosen":

@@ -6,9 +6,10 @@ changed beyond that goes to the sub-task's delta module:
 
     D_s <- D_s + step * k / (k + 1) * (mean over devices of c, weighted by w_s x examples, - mean c)
 
-for every module of the core and for the shared part. k is the number of devices behind it, the sum
-of their w_s: what a single device changed is as much its own as its sub-task's, so only half of it
-is believed. What no device of a sub-task held stays as it is, bit for bit.
+for every module of the core and for the shared part. A device's sub-tasks are those whose
+differences it was sent: w_s > 1 / S. k is the number of devices behind it, the sum of their w_s:
+what a single device changed is as much its own as its sub-task's, so only half of it is believed.
+What no device of a sub-task held stays as it is, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from torch import Tensor
 from eclm_flower.adaptation.update import Update
 from eclm_flower.modular.deltas import DeltaModules, Mixture
 from eclm_flower.modular.split import ModuleLayer
-
-_LITTLE = 0.05  # of a mixture: less says that the sub-tasks are not told apart better
 
 
 class DeltaMean:
@@ -77,7 +76,7 @@ class DeltaMean:
             ``[S]``, its sub-tasks.
         """
         shares = torch.as_tensor(mixture, dtype=torch.float64)
-        sub_tasks = [s for s in range(self._deltas.sub_tasks) if shares[s] > _LITTLE]
+        sub_tasks = self._deltas.weights(mixture).nonzero()[:, 0].tolist()
         held = {
             name: [module for module in update.selection[name] if module < core] if name else [0]
             for name, core in self._pieces.items()

@@ -105,6 +105,24 @@ class DeltaModules(nn.Module):
         """Bytes that the cloud stores more."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
+    def weights(self, mixture: Mixture) -> Tensor:
+        """Return v of a mixture w: float64 ``[S]``, how much of each difference a device is sent.
+
+        Raises
+        ------
+        ValueError
+            The mixture is not of S sub-tasks.
+        """
+        weights = torch.as_tensor(mixture, dtype=torch.float64)
+        number = self.sub_tasks
+        if weights.shape != (number,):
+            raise ValueError(
+                f"Expected a mixture of {number} sub-tasks, got {list(weights.shape)}."
+            )
+        return (
+            (weights - 1 / number).clamp(min=0) * (number / (number - 1)) if number > 1 else weights
+        )
+
     def difference(self, selection: Selection, mixture: Mixture) -> dict[str, Tensor]:
         """Add up what a device's sub-model differs by from W; gradients flow back to it.
 
@@ -125,14 +143,7 @@ class DeltaModules(nn.Module):
         ValueError
             The mixture is not of S sub-tasks.
         """
-        weights = torch.as_tensor(mixture, dtype=torch.float64)
-        if weights.shape != (self.sub_tasks,):
-            raise ValueError(
-                f"Expected a mixture of {self.sub_tasks} sub-tasks, got {list(weights.shape)}."
-            )
-        if self.sub_tasks > 1:
-            number = self.sub_tasks
-            weights = (weights - 1 / number).clamp(min=0) * (number / (number - 1))
+        weights = self.weights(mixture)
         rows = weights.nonzero()[:, 0]  # a device has few of many sub-tasks
         device = next(self.parameters()).device
         weights, rows = weights[rows].to(device), rows.to(device)

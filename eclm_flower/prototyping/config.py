@@ -64,11 +64,10 @@ class PrototypingConfig:
         Epochs of the last stage: sub-models as deployed, or the paper's ability enhancing.
     enhancing_learning_rate : float (default: 0.025)
         Peak, same schedule.
-    delta_epochs : int, optional
-        Epochs of training delta modules alone, after sub-models as deployed. None (default): twice
-        `enhancing_epochs`, since each learns from the devices of its sub-task only. 0: the model
-        gets no delta modules. Not in the paper.
-    delta_rate : float (default: 3.0)
+    delta_share : float (default: 0.33)
+        Share of `enhancing_epochs` in which not sub-models but delta modules train, the last of
+        them. 0: the model gets no delta modules. Not in the paper.
+    delta_rate : float (default: 1.0)
         Peak of their learning rate, as a multiple of `enhancing_learning_rate`.
     delta_scales : tuple[float, ...] (default: (0, 0.5, 1))
         Of these, delta modules are multiplied by what makes sub-models as deployed most accurate on
@@ -120,8 +119,8 @@ class PrototypingConfig:
     selector_learning_rate: float = 2e-3
     enhancing_epochs: int = 9
     enhancing_learning_rate: float = 0.025
-    delta_epochs: int | None = None
-    delta_rate: float = 3.0
+    delta_share: float = 0.33
+    delta_rate: float = 1.0
     delta_scales: tuple[float, ...] = (0.0, 0.5, 1.0)
     held_out: float = 0.1
     kl_weight: float = 1.0
@@ -159,13 +158,12 @@ class PrototypingConfig:
             "core_modules",
             "gate_noise",
             "order_decay",
-            "delta_epochs",
             "delta_rate",
         ):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise PrototypingError(f"Expected {name} >= 0, got {getattr(self, name)}.")
-        for name in ("core_share", "smoothing", "distillation"):
+        for name in ("core_share", "smoothing", "distillation", "delta_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PrototypingError(f"Expected {name} from 0 to 1, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
@@ -181,6 +179,6 @@ class PrototypingConfig:
             raise PrototypingError(f"Expected budget_shares in (0, 1], got {self.budget_shares}.")
 
     @property
-    def epochs_of_deltas(self) -> int:
-        """Epochs of training delta modules."""
-        return 2 * self.enhancing_epochs if self.delta_epochs is None else self.delta_epochs
+    def delta_epochs(self) -> int:
+        """Epochs of training delta modules; none where they may only be multiplied by 0."""
+        return round(self.delta_share * self.enhancing_epochs) if any(self.delta_scales) else 0

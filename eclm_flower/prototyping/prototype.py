@@ -209,7 +209,7 @@ def _as_deployed(
             )
         )
     held_out = None
-    if model.sub_tasks and config.epochs_of_deltas > 0:
+    if model.sub_tasks and config.delta_share * config.enhancing_epochs > 0:
         if proxy.num_sub_tasks > model.sub_tasks:
             raise PrototypingError(
                 f"Expected proxy data of at most the {model.sub_tasks} sub-tasks the model was "
@@ -228,16 +228,17 @@ def _as_deployed(
     if model.deltas is not None:
         model.deltas.gates[: proxy.num_sub_tasks] = torch.from_numpy(gates[DELTAS])
     choose = by_importance(gates, model.costs)
+    epochs = config.enhancing_epochs - (config.delta_epochs if held_out is not None else 0)
     run(
         "sub-models as deployed",
-        train_as_deployed(model, proxy, choose, config, generator),
-        config.enhancing_epochs,
+        train_as_deployed(model, proxy, choose, config, generator, epochs=epochs),
+        epochs,
     )
     if held_out is not None:
         run(
             "delta modules",
             train_deltas(model, proxy, choose, config, generator),
-            config.epochs_of_deltas,
+            config.delta_epochs,
         )
         report.delta_scales = choose_scale(model, held_out, choose, config)
 
@@ -263,6 +264,7 @@ def _as_given(
             lambda sub_tasks, budget, rng: sub_models(model.costs, budget, rng),
             config,
             generator,
+            epochs=config.enhancing_epochs,
         ),
         config.enhancing_epochs,
     )

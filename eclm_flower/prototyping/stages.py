@@ -210,6 +210,8 @@ def train_as_deployed(
     choose: Choice,
     config: PrototypingConfig,
     generator: torch.Generator,
+    *,
+    epochs: int,
 ) -> Stage:
     """Train sub-models the way devices will hold them (not in the paper).
 
@@ -222,6 +224,8 @@ def train_as_deployed(
     ----------
     choose : callable
         What the online stage will send to whom.
+    epochs : int
+        The configuration's `enhancing_epochs`, or what its delta modules leave of them.
     """
     rng = np.random.default_rng(config.seed)
     whole_logits = _logits(model, data, config) if config.distillation else None
@@ -238,11 +242,11 @@ def train_as_deployed(
 
     _train_as_on_devices(model)
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
-    steps, rate = config.enhancing_epochs * steps_per_epoch, config.enhancing_learning_rate
+    steps, rate = epochs * steps_per_epoch, config.enhancing_learning_rate
     descent = _Descent(model.body.parameters(), config, rate, steps)
     everything = range(data.num_sub_tasks)
     devices = _simulated_devices(model, data, choose, config, rng, generator)
-    for _ in range(config.enhancing_epochs):
+    for _ in range(epochs):
         losses = []
         for _ in range(steps_per_epoch):
             rows = data.device_rows(everything, config.whole_samples, rng)
@@ -278,11 +282,11 @@ def train_deltas(
     rng = np.random.default_rng(config.seed)
     _train_as_on_devices(model)
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
-    steps = config.epochs_of_deltas * steps_per_epoch
+    steps = config.delta_epochs * steps_per_epoch
     rate = config.delta_rate * config.enhancing_learning_rate
     descent = _Descent(deltas.tensors.values(), config, rate, steps)
     devices = _simulated_devices(model, data, choose, config, rng, generator)
-    for _ in range(config.epochs_of_deltas):
+    for _ in range(config.delta_epochs):
         losses = []
         for _ in range(steps_per_epoch):
             parts = []

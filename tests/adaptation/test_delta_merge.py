@@ -65,15 +65,18 @@ def test_what_the_devices_of_a_sub_task_change_beyond_all_goes_to_its_delta(
             torch.testing.assert_close(moved, expected[s], atol=1e-6, rtol=1e-4)
 
 
-def test_a_mixture_shares_its_change(state, layers, deltas, update_of):
-    updates = [update_of(0), update_of(1)]
-    result = after(deltas, state, layers, updates, {0: [0.75, 0.25], 1: [0.0, 1.0]})
+def test_a_change_goes_to_the_sub_tasks_whose_differences_were_sent(
+    state, layers, deltas, update_of
+):
+    updates = [update_of(0), update_of(1), update_of(2)]
+    mixtures = {0: [0.75, 0.25], 1: [0.0, 1.0], 2: [0.5, 0.5]}
+    result = after(deltas, state, layers, updates, mixtures)
     key = "0.weight"
-    own, other = (change(update, state, layers, key) for update in updates)
-    common = (own + other) / 2
-    mean = (0.25 * own + other) / 1.25
-    moved = view(layers, key, result[key][1]) - view(layers, key, deltas.tensors[key][1])
-    torch.testing.assert_close(moved, 1.25 / 2.25 * (mean - common), atol=1e-6, rtol=1e-4)
+    changes = [change(update, state, layers, key) for update in updates]
+    common = sum(changes) / 3
+    for s, believed in ((0, 0.75 / 1.75), (1, 1 / 2)):
+        moved = view(layers, key, result[key][s]) - view(layers, key, deltas.tensors[key][s])
+        torch.testing.assert_close(moved, believed * (changes[s] - common), atol=1e-6, rtol=1e-4)
 
 
 @given(step=st.sampled_from([0.0, 1.0]), held=st.sampled_from([(0,), (1,), (3,)]))

@@ -36,7 +36,8 @@ PROXY, HELD_OUT = (
     for rows in (ORDER[:1000], ORDER[1000:])
 )
 CONFIG = PrototypingConfig(
-    enhancing_epochs=40,
+    enhancing_epochs=120,
+    delta_share=0.67,
     budget_shares=(0.25,),
     sub_tasks_per_device=(1, 1),
     whole_samples=16,
@@ -68,11 +69,12 @@ def quarter(sub_tasks, budget, rng):
 def trained(config=CONFIG, *, deltas=True):
     model = build(deltas=deltas)
     generator = torch.Generator().manual_seed(0)
-    stage = train_as_deployed(model, PROXY, quarter, config, generator)
-    assert len(list(stage)) == config.enhancing_epochs
+    epochs = config.enhancing_epochs - config.delta_epochs
+    stage = train_as_deployed(model, PROXY, quarter, config, generator, epochs=epochs)
+    assert len(list(stage)) == epochs
     if deltas:
         stage = train_deltas(model, PROXY, quarter, config, generator)
-        assert len(list(stage)) == config.epochs_of_deltas
+        assert len(list(stage)) == config.delta_epochs
     return model.eval()
 
 
@@ -160,19 +162,19 @@ def test_the_model_is_as_without_deltas_to_the_last_bit():
 def test_deltas_learn_at_a_rate_of_their_own():
     sizes = []
     for rate in (1.0, 3.0):
-        config = PrototypingConfig(enhancing_epochs=1, budget_shares=(0.25,), delta_rate=rate)
+        config = PrototypingConfig(enhancing_epochs=3, budget_shares=(0.25,), delta_rate=rate)
         tensors = trained(config).deltas.tensors.values()
         sizes.append(sum(float(tensor.detach().norm()) for tensor in tensors))
     assert sizes[1] > 1.5 * sizes[0]
 
 
 def test_the_steps_of_deltas_are_clipped_too():
-    config = PrototypingConfig(enhancing_epochs=1, budget_shares=(0.25,), clip_norm=1e-9)
+    config = PrototypingConfig(enhancing_epochs=3, budget_shares=(0.25,), clip_norm=1e-9)
     tensors = trained(config).deltas.tensors.values()
     assert all(tensor.abs().max() < 1e-6 for tensor in tensors)
 
 
-SHORT = PrototypingConfig(epochs=2, selector_epochs=2, enhancing_epochs=1, delta_scales=(1.0,))
+SHORT = PrototypingConfig(epochs=2, selector_epochs=2, enhancing_epochs=3, delta_scales=(1.0,))
 
 
 def test_the_offline_stage_makes_nested_sub_models_with_deltas():
@@ -182,16 +184,16 @@ def test_the_offline_stage_makes_nested_sub_models_with_deltas():
     assert list(report.delta_scales) == [1.0]
     stages = ["whole model", "selector", "sub-models as deployed", "delta modules"]
     assert list(report.losses) == stages
-    assert len(report.losses["delta modules"]) == 2 * SHORT.enhancing_epochs
+    assert [len(report.losses[stage]) for stage in stages[2:]] == [2, 1]
     gates = model.importance([X[:50]])
     assert (np.diff(gates["0"]) < 0).all()
     np.testing.assert_allclose(gates["0"], model.importance([X[50:90]])["0"])
     np.testing.assert_allclose(model.deltas.gates.sum(dim=1), 1)
 
 
-def test_without_epochs_there_are_no_deltas():
+def test_without_a_share_of_the_epochs_there_are_no_deltas():
     model = build(deltas=False)
-    config = PrototypingConfig(epochs=1, enhancing_epochs=1, delta_epochs=0)
+    config = PrototypingConfig(epochs=1, enhancing_epochs=1, delta_share=0)
     report = prototype(model, PROXY.data, sub_tasks=PROXY.sub_tasks, config=config, progress=False)
     assert model.deltas is None
     assert report.delta_scales == {}

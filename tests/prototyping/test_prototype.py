@@ -216,7 +216,9 @@ def test_sub_models_train_as_on_devices_without_statistics_and_selector(small_ml
     proxy = ProxyData(TensorDataset(torch.randn(60, 6), tasks), tasks)
     config = PrototypingConfig(enhancing_epochs=1, batch_size=16)
     choose = by_importance(mean_gates(model.selector, proxy), model.costs)
-    assert len(list(train_as_deployed(model, proxy, choose, config, torch.Generator()))) == 1
+    assert (
+        len(list(train_as_deployed(model, proxy, choose, config, torch.Generator(), epochs=1))) == 1
+    )
     moved = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
     assert moved == {f"body.{name}" for name, _ in model.body.named_parameters()}
 
@@ -231,7 +233,7 @@ def test_the_whole_model_trains_beside_the_sub_models(small_mlp):
     config = PrototypingConfig(enhancing_epochs=1, budget_shares=(0.25,), weight_decay=0)
     importance = {name: np.tile([1.0, 0, 0, 0], (3, 1)) for name in model.layers}
     choose = by_importance(importance, model.costs)
-    list(train_as_deployed(model, proxy, choose, config, torch.Generator()))
+    list(train_as_deployed(model, proxy, choose, config, torch.Generator(), epochs=1))
     after = layer.packed("0.weight", model.body[0].weight)
     assert ((after - before).flatten(1).norm(dim=1) > 0).all()
 

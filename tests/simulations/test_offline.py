@@ -67,7 +67,7 @@ def test_simulated_devices_see_as_many_sub_tasks_as_real_ones(options: dict, mos
     assert config_of(world).sub_tasks_per_device == (1, most)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(-1, 8), (0, 0), (3, 3)])
-def test_delta_modules_train_for_twice_the_epochs_unless_told(given: int, expected: int):
-    settings = Settings(devices=8, enhancing_epochs=4, delta_epochs=given)
-    assert config_of(World(settings, seed=0)).epochs_of_deltas == expected
+@pytest.mark.parametrize(("options", "expected"), [({}, 4), ({"delta_share": 0.5}, 6)])
+def test_delta_modules_get_a_third_of_the_epochs_unless_told(options: dict, expected: int):
+    settings = Settings(devices=8, enhancing_epochs=12, **options)
+    assert config_of(World(settings, seed=0)).delta_epochs == expected
