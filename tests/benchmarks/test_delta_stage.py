@@ -1,4 +1,4 @@
-"""The search tries every division and rate, judges on what nothing trained on, and has a control."""
+"""Every division and rate is tried, judged on what nothing trained on, beside a control."""
 
 import pandas as pd
 import pytest
