@@ -119,9 +119,9 @@ class DeltaModules(nn.Module):
             raise ValueError(
                 f"Expected a mixture of {number} sub-tasks, got {list(weights.shape)}."
             )
-        return (
-            (weights - 1 / number).clamp(min=0) * (number / (number - 1)) if number > 1 else weights
-        )
+        if number == 1:
+            return weights
+        return (weights - 1 / number).clamp(min=0) * (number / (number - 1))
 
     def difference(self, selection: Selection, mixture: Mixture) -> dict[str, Tensor]:
         """Add up what a device's sub-model differs by from W; gradients flow back to it.

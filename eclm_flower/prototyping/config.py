@@ -65,8 +65,8 @@ class PrototypingConfig:
     enhancing_learning_rate : float (default: 0.025)
         Peak, same schedule.
     delta_share : float (default: 0.33)
-        Share of `enhancing_epochs` in which not sub-models but delta modules train, the last of
-        them. 0: the model gets no delta modules. Not in the paper.
+        Share of `enhancing_epochs`, rounded, in which not sub-models but delta modules train, the
+        last of them. 0: the model gets no delta modules. Not in the paper.
     delta_rate : float (default: 1.0)
         Peak of their learning rate, as a multiple of `enhancing_learning_rate`; with more than ten
         sub-tasks, S / 10 times that, for each then meets fewer devices of its own.
