@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from eclm_flower.adaptation import Limits as Limits
     from eclm_flower.adaptation import Resizable as Resizable
     from eclm_flower.adaptation import Robust as Robust
+    from eclm_flower.adaptation import class_prior as class_prior
     from eclm_flower.federation import ECLM as ECLM
     from eclm_flower.federation import profile as profile
     from eclm_flower.federation import receive as receive
@@ -29,6 +30,7 @@ _PUBLIC = {
     "PrototypingConfig": "prototyping",
     "Resizable": "adaptation",
     "Robust": "adaptation",
+    "class_prior": "adaptation",
     "modularize": "modular",
     "profile": "federation",
     "prototype": "prototyping",

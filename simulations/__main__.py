@@ -116,6 +116,9 @@ def run(
     masked_loss: Annotated[
         bool, Option("--masked-loss", help="Devices train among their own classes only.")
     ] = _DEFAULT.masked_loss,
+    class_prior: Annotated[
+        bool, Option("--class-prior", help="All methods' devices know their classes, as ECLM's do.")
+    ] = _DEFAULT.class_prior,
     guard: Annotated[
         bool, Option("--guard", help="Devices undo a local adaptation that doesn't help.")
     ] = _DEFAULT.guard,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 from torch.utils.data import DataLoader
 
-from eclm_flower import profile
+from eclm_flower import class_prior, profile
 from eclm_flower.federation.cache import ModuleCache
 from eclm_flower.federation.differences import ErrorFeedback
 from eclm_flower.modular.selection import count
@@ -76,6 +77,16 @@ class _Task:
     def data(self, step: int) -> DeviceData:
         """Return what this device holds in a step, where models compute."""
         return placed(self.world.data(self.device, step), self.world.settings.compute)
+
+    def prior(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let a model know this device's classes, if the method or the settings say so.
+
+        Methods say so for label skew alone: else a prior is what chance makes of a few samples.
+        """
+        own = self.method.class_prior and self.world.has_label_skew
+        if not (own or self.world.settings.class_prior):
+            return nullcontext()
+        return class_prior(model, self.world.data(self.device, self.step).train.tensors[1])
 
     def cache(self, *, stores: bool = True) -> ModuleCache | None:
         """Return the device's module cache, if it has one."""
@@ -145,7 +156,6 @@ def query(msg: Message, context: Context) -> Message:
             world.model,
             lambda: DataLoader(world.data(device, task.step).train, batch_size=256),
             budget=world.budget(device, task.moment),
-            mixture=world.mixture(device, task.step) if task.method.has_deltas else None,
             cache=task.cache(),
         )
 
@@ -157,7 +167,8 @@ def train(msg: Message, context: Context) -> Message:
     data = task.data(task.step).train
     with one_thread():
         _, model = task.opened(msg)
-        loss = task.method.adapt(model, data, task.world.settings, task.generator(TRAIN))
+        with task.prior(model):
+            loss = task.method.adapt(model, data, task.world.settings, task.generator(TRAIN))
         model.cpu()
     return task.method.reply(
         msg, model, num_examples=len(data), metrics={"loss": loss, "device": task.device}
@@ -172,17 +183,18 @@ def evaluate(msg: Message, context: Context) -> Message:
     data = task.data(task.step)
     with one_thread():
         original, model = task.opened(msg, stores=task.delivery)
-        before = after = accuracies(model, data.test, data.classes)
-        if task.local:
-            adapt = task.method.adapt
-            if settings.guard:
-                adapt = partial(adapt_guarded, adapt)
-            adapt(model, data.train, settings, task.generator(ADAPT))
-            after = accuracies(model, data.test, data.classes)
         shifted = (math.nan, math.nan)
-        if task.delivery and settings.phase(task.step + 1) > settings.phase(task.step):
-            next_data = task.data(task.step + 1)
-            shifted = accuracies(model, next_data.test, next_data.classes)
+        with task.prior(model):
+            before = after = accuracies(model, data.test, data.classes)
+            if task.local:
+                adapt = task.method.adapt
+                if settings.guard:
+                    adapt = partial(adapt_guarded, adapt)
+                adapt(model, data.train, settings, task.generator(ADAPT))
+                after = accuracies(model, data.test, data.classes)
+            if task.delivery and settings.phase(task.step + 1) > settings.phase(task.step):
+                next_data = task.data(task.step + 1)
+                shifted = accuracies(model, next_data.test, next_data.classes)
     if task.keeps:
         keep(task.folder, original, model)
     held = task.method.modules(original, world.model)

@@ -126,6 +126,9 @@ class Settings:
         `simulations.environment.kept_back`.
     masked_loss : bool (default: False)
         Devices train with cross-entropy over the classes they have.
+    class_prior : bool (default: False)
+        Devices of every method use and train their models with a class prior, as ECLM's do under
+        label skew; see `eclm_flower.class_prior`.
     guard : bool (default: False)
         A device keeps the model it was sent where local adaptation doesn't help on samples held
         back from it.
@@ -178,6 +181,7 @@ class Settings:
     strength: int = 3
     judged_on: JudgedOn = "test"
     masked_loss: bool = False
+    class_prior: bool = False
     guard: bool = False
     epochs: int = 14
     enhancing_epochs: int = 9

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from eclm_flower import Budget, modularize
 from eclm_flower.modular import ModularModel
@@ -65,16 +64,17 @@ class World:
 
     @property
     def sub_tasks(self) -> int:
-        """Number of sub-tasks that get delta modules: those of the proxy data, unless too many."""
-        number = int(self.environment.proxy_sub_tasks.max()) + 1
-        return number if number <= MOST_DELTAS else 0
+        """Number of sub-tasks that get delta modules: none if classes, for which there's the prior.
 
-    def mixture(self, device: int, step: int) -> Tensor | None:
-        """Return the shares of the sub-tasks ``[S]`` in a device's data, if labels tell them."""
-        if not self.sub_tasks or not self.environment.sub_tasks_are_classes:
-            return None
-        labels = self.environment.device_labels(device, self.settings.phase(step))
-        return torch.bincount(torch.from_numpy(labels), minlength=self.sub_tasks) / len(labels)
+        Nor if there are too many.
+        """
+        number = int(self.environment.proxy_sub_tasks.max()) + 1
+        return 0 if self.environment.sub_tasks_are_classes or number > MOST_DELTAS else number
+
+    @property
+    def has_label_skew(self) -> bool:
+        """Whether data is divided so that devices have some classes more often than others."""
+        return bool(self.settings.classes_per_device or self.settings.alpha)
 
     @cached_property
     def fleet(self) -> list[Device]:

@@ -37,6 +37,7 @@ METHODS: dict[str, Method] = {
         ADAPTIVENET,
         CLUSTERS,
         RANDOM,
+        eclm_ablations.NO_PRIOR,
         eclm_ablations.NO_DELTAS,
         eclm_ablations.FIXED_DELTAS,
         eclm_ablations.BORN_DELTAS,

@@ -5,4 +5,4 @@ from __future__ import annotations
 from eclm_flower import ECLM
 from strategies.method import Method
 
-METHOD = Method(name="eclm", strategy=ECLM)
+METHOD = Method(name="eclm", strategy=ECLM, class_prior=True)

@@ -1,5 +1,6 @@
 """ECLM without each of its parts, and with others.
 
+- **no prior**: devices train and use what they were sent without a class prior, as rivals do.
 - **no deltas**: sub-tasks differ in nothing; what is left are nested sub-models.
 - **fixed deltas**: delta modules stay as the offline stage left them; devices change W alone.
 - **born deltas**: delta modules start at zero, as one of an environment that the proxy data
@@ -16,19 +17,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from eclm_flower import ECLM
-from strategies.method import Method
+from strategies.eclm import METHOD
 from strategies.nested import Nested
 
-NO_DELTAS = Method(name="eclm-no-deltas", strategy=ECLM, offline="no-deltas")
-FIXED_DELTAS = Method(name="eclm-fixed-deltas", strategy=partial(ECLM, delta_step=0.0))
-BORN_DELTAS = Method(name="eclm-born-deltas", strategy=ECLM, offline="blank")
-CHOSEN = Method(name="eclm-chosen", strategy=ECLM, offline="chosen")
-UNIFORM_MERGE = Method(
+_without = partial(replace, METHOD)
+
+NO_PRIOR = _without(name="eclm-no-prior", class_prior=False)
+NO_DELTAS = _without(name="eclm-no-deltas", offline="no-deltas")
+FIXED_DELTAS = _without(name="eclm-fixed-deltas", strategy=partial(ECLM, delta_step=0.0))
+BORN_DELTAS = _without(name="eclm-born-deltas", offline="blank")
+CHOSEN = _without(name="eclm-chosen", offline="chosen")
+UNIFORM_MERGE = _without(
     name="eclm-uniform-merge", strategy=partial(ECLM, weighting="examples"), offline="chosen"
 )
-NO_IMPORTANCE = Method(name="eclm-no-importance", strategy=Nested)
-NO_DISTILLATION = Method(name="eclm-no-distillation", strategy=ECLM, offline="untaught")
-NO_ENHANCING = Method(name="eclm-no-enhancing", strategy=ECLM, offline="split")
+NO_IMPORTANCE = _without(name="eclm-no-importance", strategy=Nested)
+NO_DISTILLATION = _without(name="eclm-no-distillation", offline="untaught")
+NO_ENHANCING = _without(name="eclm-no-enhancing", offline="split")

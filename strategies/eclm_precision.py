@@ -20,9 +20,11 @@ HALF = Method(
     name="eclm-half",
     strategy=partial(ECLM, download_dtype=torch.float16, upload_dtype=torch.float16),
     feedback=True,
+    class_prior=True,
 )
 EIGHT_BIT = Method(
     name="eclm-8-bit",
     strategy=partial(ECLM, download_dtype=torch.float16, upload_dtype=torch.int8),
     feedback=True,
+    class_prior=True,
 )

@@ -17,7 +17,7 @@ from eclm_flower.federation.client import selection_of
 from eclm_flower.federation.messages import BODY, to_tensors
 from eclm_flower.modular import ModularModel, Selection
 from strategies.local_training import Training, train
-from strategies.offline import WITH_DELTAS, Offline
+from strategies.offline import Offline
 
 # The first argument is what the method's own `receive` returns.
 Select = Callable[[Any, TensorDataset, torch.Generator], None]
@@ -82,6 +82,9 @@ class Method:
         Devices return rounded changes and keep what that loses; `receive` takes an `ErrorFeedback`.
     local : bool
         False: a device never adapts what it was sent to its own data.
+    class_prior : bool
+        Under label skew devices use and train their models with a class prior
+        (`eclm_flower.class_prior`), whatever the settings say.
     """
 
     name: str
@@ -98,8 +101,4 @@ class Method:
     cached: bool = True
     feedback: bool = False
     local: bool = True
-
-    @property
-    def has_deltas(self) -> bool:
-        """Whether its cloud model has delta modules, so that devices tell their sub-tasks."""
-        return self.offline in WITH_DELTAS
+    class_prior: bool = False

@@ -1,5 +1,6 @@
 """The online stage, pure: device profile, derivation, merge (paper section 5)."""
 
+from eclm_flower.adaptation.class_prior import class_prior
 from eclm_flower.adaptation.derivation import derive, derive_all
 from eclm_flower.adaptation.merge import Weighting, merge
 from eclm_flower.adaptation.outliers import Limits
@@ -18,6 +19,7 @@ __all__ = [
     "Update",
     "Weighting",
     "check_update",
+    "class_prior",
     "derive",
     "derive_all",
     "merge",

@@ -68,8 +68,7 @@ class PrototypingConfig:
         Share of `enhancing_epochs`, rounded, in which not sub-models but delta modules train, the
         last of them. 0: the model gets no delta modules. Not in the paper.
     delta_rate : float (default: 1.0)
-        Peak of their learning rate, as a multiple of `enhancing_learning_rate`; with more than ten
-        sub-tasks, S / 10 times that, for each then meets fewer devices of its own.
+        Peak of their learning rate, as a multiple of `enhancing_learning_rate`.
     delta_scales : tuple[float, ...] (default: (0, 0.5, 1))
         Of these, delta modules are multiplied by what makes sub-models as deployed most accurate on
         proxy data that was held out, sub-tasks inferred; the most cautious first. 0: what

@@ -34,7 +34,6 @@ Choice = Callable[[tuple[int, ...], Budget, np.random.Generator], Selection]
 """(sub-tasks of a simulated device, its budget, random numbers) -> its sub-model."""
 
 _DECIMALS = 12  # of importance: what differs by less is the same sub-model
-_FEW = 10  # sub-tasks: with more of them, delta modules learn at a higher rate
 
 
 class _Descent:
@@ -284,8 +283,7 @@ def train_deltas(
     _train_as_on_devices(model)
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
     steps = config.delta_epochs * steps_per_epoch
-    rarer = max(1, data.num_sub_tasks / _FEW)  # steps for any one of them, than among a few
-    rate = config.delta_rate * rarer * config.enhancing_learning_rate
+    rate = config.delta_rate * config.enhancing_learning_rate
     descent = _Descent(deltas.tensors.values(), config, rate, steps)
     devices = _simulated_devices(model, data, choose, config, rng, generator)
     for _ in range(config.delta_epochs):

@@ -12,7 +12,7 @@ from eclm_flower.errors import PrototypingError
 from eclm_flower.modular import modularize
 from eclm_flower.modular.deltas import equal_mixture
 from eclm_flower.modular.selector import DELTAS
-from eclm_flower.prototyping import PrototypingConfig, accuracy, prototype, stages
+from eclm_flower.prototyping import PrototypingConfig, accuracy, prototype
 from eclm_flower.prototyping.delta_scale import choose_scale
 from eclm_flower.prototyping.proxy import ProxyData
 from eclm_flower.prototyping.stages import (
@@ -166,16 +166,6 @@ def test_deltas_learn_at_a_rate_of_their_own():
         tensors = trained(config).deltas.tensors.values()
         sizes.append(sum(float(tensor.detach().norm()) for tensor in tensors))
     assert sizes[1] > 1.5 * sizes[0]
-
-
-def test_deltas_of_many_sub_tasks_learn_faster(monkeypatch):
-    config = PrototypingConfig(enhancing_epochs=3, budget_shares=(0.25,))
-    sizes = []
-    for few in (10, 2, 1):
-        monkeypatch.setattr(stages, "_FEW", few)
-        tensors = trained(config).deltas.tensors.values()
-        sizes.append(sum(float(tensor.detach().norm()) for tensor in tensors))
-    assert sizes[0] == sizes[1] < 0.8 * sizes[2], "two sub-tasks are many only if few is one"
 
 
 def test_the_steps_of_deltas_are_clipped_too():

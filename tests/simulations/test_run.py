@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from experiments import TINY, column, rows_of, run_tiny
@@ -210,6 +211,30 @@ def test_masked_loss_and_guard_change_what_devices_do(tmp_path):
         assert column(rows, "accuracy_after") != column(plain, "accuracy_after")
     assert column(guarded, "accuracy_before") == column(plain, "accuracy_before")
     assert column(masked, "accuracy_before") != column(plain, "accuracy_before")
+
+
+def test_a_class_prior_is_eclms_under_label_skew_and_everyones_if_asked(tmp_path):
+    options = {"rounds": 1, "strategies": "eclm,eclm-no-prior,fedavg"}
+    usual = run_tiny(tmp_path, **options)
+    given = run_tiny(tmp_path, **options, class_prior=True)
+    assert column(given, "accuracy_before", strategy="eclm") == column(
+        usual, "accuracy_before", strategy="eclm"
+    )
+    for name in ("eclm-no-prior", "fedavg"):
+        start = {"round": 0, "strategy": name}
+        better = np.mean(column(given, "accuracy_before", **start))
+        assert better > np.mean(column(usual, "accuracy_before", **start))
+    # It never comes back to the cloud, whose model knows no device's classes.
+    lacking = column(usual, "accuracy_global", round=1, strategy="eclm-no-prior")
+    assert min(column(usual, "accuracy_global", round=1, strategy="eclm")) >= min(lacking) - 0.02
+
+
+def test_without_label_skew_eclm_has_no_class_prior(tmp_path):
+    options = {"rounds": 0, "classes_per_device": 0}
+    with_prior = run_tiny(tmp_path, **options, strategies="eclm")
+    without = run_tiny(tmp_path, **options, strategies="eclm-no-prior")
+    name = "accuracy_before"
+    assert column(with_prior, name) == column(without, name)
 
 
 def test_a_finished_run_can_be_given_more_to_do(tmp_path):

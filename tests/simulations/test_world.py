@@ -72,22 +72,27 @@ def test_data_moves_with_the_steps():
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_shift": "new", "views": ("noise", "blur")}])
-def test_devices_tell_their_labels_shares_where_sub_tasks_are_classes(options):
-    world = World(Settings(**options, steps=2), seed=0)
-    for step in (0, 1):
-        data = world.data(3, step)
-        shares = world.mixture(3, step)
-        assert shares.shape == (10,)
-        assert shares.sum() == pytest.approx(1)
-        assert tuple(shares.nonzero().flatten().tolist()) == data.classes
-        label = data.classes[0]
-        assert shares[label] == (data.train.tensors[1] == label).float().mean()
+def test_sub_tasks_that_are_classes_get_no_delta_modules(options):
+    world = World(Settings(**options), seed=0)
+    assert world.environment.sub_tasks_are_classes
+    assert world.sub_tasks == 0
 
 
-def test_labels_do_not_tell_environments():
+def test_environments_get_delta_modules():
     world = World(Settings(feature_shift="known", views=("plain", "noise")), seed=0)
     assert world.sub_tasks == 2
-    assert world.mixture(3, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"classes_per_device": 0, "alpha": 0.5}, True),
+        ({"classes_per_device": 0}, False),
+    ],
+)
+def test_label_skew_is_what_the_division_says(options, expected):
+    assert World(Settings(**options), seed=0).has_label_skew is expected
 
 
 def test_any_seed_will_do(tmp_path):
