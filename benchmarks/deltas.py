@@ -1,12 +1,11 @@
 """What delta modules add to nested sub-models, and what it costs to take a device for another.
 
 Offline stage only, no rounds. From one trained whole model, nested sub-models are trained as
-deployed, then, on top of them, a difference for each sub-task (a view, or a class), whose scale is
-chosen on held-out proxy data. Then every simulated device tests, on
-its own test data, the sub-model it would be sent::
+deployed, then, on top of them, a difference for each sub-task (a view), whose scale is chosen on
+held-out proxy data. Then every simulated device tests, on its own test data, the sub-model it would
+be sent::
 
     python -m benchmarks.deltas --data-dir DATA --seeds 0,1 --out benchmarks/results/deltas.csv
-    python -m benchmarks.deltas --dataset digits --classes-per-device 2 --out deltas_digits.csv
 
 A device's sub-tasks are unknown (it gets the *nested* sub-model), *true* (known), *wrong* (each
 other sub-task in turn, mean accuracy), or inferred from its training data: from label counts, from
@@ -73,9 +72,6 @@ def main(
     resolution: Annotated[int, typer.Option(help="As in python -m simulations run.")] = 0,
     model: Annotated[str, typer.Option(help="The same.")] = "auto",
     views: Annotated[str, typer.Option(help="Environments, one a device.")] = VIEWS,
-    classes_per_device: Annotated[
-        int, typer.Option(help="Label skew instead of views: classes of a device.")
-    ] = 0,
     devices: int = 40,
     budgets: Annotated[str, typer.Option(help="Shares of the modules.")] = "0.25,0.125",
     epochs: Annotated[int, typer.Option(help="Of the whole model; -1: as suits the data.")] = -1,
@@ -96,9 +92,9 @@ def main(
             resolution=resolution,
             model=model,
             devices=devices,
-            classes_per_device=classes_per_device,
-            feature_shift="none" if classes_per_device else "known",
-            views="" if classes_per_device else views,
+            classes_per_device=0,
+            feature_shift="known",
+            views=views,
             epochs=epochs,
             enhancing_epochs=enhancing_epochs,
         )
