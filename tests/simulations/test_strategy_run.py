@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from experiments import column, run_tiny
 
@@ -91,7 +92,7 @@ def test_a_uniform_fleet_holds_the_same_all_the_time(tmp_path):
 
 
 def test_without_cloud_a_device_asks_once(tmp_path):
-    rows = run_tiny(tmp_path, steps=3, strategies="eclm", variant="no-cloud")
+    rows = run_tiny(tmp_path, steps=3, strategies="eclm-no-prior", variant="no-cloud")
     assert len(rows) == 3 * 6
     for device in range(6):
         delivered = column(rows, "bytes_delivered", device=device)
@@ -102,6 +103,17 @@ def test_without_cloud_a_device_asks_once(tmp_path):
         held = column(rows, "accuracy_held", device=device)
         assert held[1:] == column(rows, "accuracy_before", device=device)[1:]
     assert len({row["accuracy_global"] for row in rows}) == 1
+
+
+def test_a_device_that_knows_its_new_classes_tells_its_model_without_the_cloud(tmp_path):
+    rows = run_tiny(tmp_path, steps=3, strategies="eclm", variant="no-cloud")
+    held, told = column(rows, "accuracy_held"), column(rows, "accuracy_before")
+    shifted = [
+        (before, after) for before, after in zip(held, told, strict=True) if not math.isnan(before)
+    ]
+    assert len(shifted) == 2 * 6
+    before, after = np.mean(shifted, axis=0)
+    assert after > before + 0.1
 
 
 def test_without_local_training_a_device_only_fetches(tmp_path):

@@ -67,7 +67,10 @@ def test_there_is_a_table_for_each_question():
     assert known_tables() == ["ablations", "cost", "honest", "paper"]
     honest = read_table("honest")
     settings = {row.name: row.settings() for row in honest.rows}
-    longer = {name: settings.pop(name) for name in list(settings) if name.endswith("-longer")}
+    longer, prior = (
+        {name: settings.pop(name) for name in list(settings) if name.endswith(ending)}
+        for ending in ("-longer", "-prior")
+    )
     numbers = {name: len(own.strategies) for name, own in settings.items()}
     assert set(numbers.values()) == {9, 10, 12}
     assert numbers["cifar10-m2"] == numbers["features-quarter"] == 12
@@ -79,6 +82,9 @@ def test_there_is_a_table_for_each_question():
         assert own == replace(
             same, enhancing_epochs=own.enhancing_epochs, strategies=own.strategies, rates=own.rates
         )
+    for name, own in prior.items():  # nothing but that all have a class prior
+        same = settings[name.removesuffix("-prior")]
+        assert own == replace(same, class_prior=True, strategies=own.strategies, rates=own.rates)
 
 
 def test_options_come_from_preset_table_data_set_and_row(tmp_path: Path):
