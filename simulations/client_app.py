@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,15 +79,21 @@ class _Task:
         """Return what this device holds in a step, where models compute."""
         return placed(self.world.data(self.device, step), self.world.settings.compute)
 
-    def prior(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def prior(self, model: nn.Module) -> Iterator[None]:
         """Let a model know this device's classes, if the method or the settings say so.
 
         Methods say so for label skew alone: else a prior is what chance makes of a few samples.
         """
+        networks = [model] if not isinstance(model, nn.ModuleList) else list(model)  # candidates
         own = self.method.class_prior and self.world.has_label_skew
         if not (own or self.world.settings.class_prior):
-            return nullcontext()
-        return class_prior(model, self.world.data(self.device, self.step).train.tensors[1])
+            networks = []
+        labels = self.world.data(self.device, self.step).train.tensors[1]
+        with ExitStack() as stack:
+            for network in networks:
+                stack.enter_context(class_prior(network, labels))
+            yield
 
     def cache(self, *, stores: bool = True) -> ModuleCache | None:
         """Return the device's module cache, if it has one."""
@@ -115,7 +122,8 @@ class _Task:
         if state is not None:
             model.load_state_dict(state)
         model.to(self.world.settings.compute)
-        self.method.select(model, self.data(self.step).train, self.generator(SELECT))
+        with self.prior(model):
+            self.method.select(model, self.data(self.step).train, self.generator(SELECT))
         return msg, model
 
 
