@@ -229,14 +229,6 @@ def test_a_class_prior_is_eclms_under_label_skew_and_everyones_if_asked(tmp_path
     assert min(column(usual, "accuracy_global", round=1, strategy="eclm")) >= min(lacking) - 0.02
 
 
-def test_of_methods_with_several_networks_each_has_the_prior(tmp_path):
-    rows = run_tiny(tmp_path, rounds=0, strategies="nested,clusters", class_prior=True)
-    # Before the first round all clusters are alike, and as nested sub-models.
-    assert column(rows, "accuracy_before", strategy="clusters") == column(
-        rows, "accuracy_before", strategy="nested"
-    )
-
-
 def test_without_label_skew_eclm_has_no_class_prior(tmp_path):
     options = {"rounds": 0, "classes_per_device": 0}
     with_prior = run_tiny(tmp_path, **options, strategies="eclm")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -95,21 +97,47 @@ def test_label_skew_is_what_the_division_says(options, expected):
     assert World(Settings(**options), seed=0).has_label_skew is expected
 
 
-def test_any_seed_will_do(tmp_path):
-    world = World(Settings(), seed=2**40)
-    task = _Task(
+def task_of(world: World, method: str, folder: Path) -> _Task:
+    return _Task(
         world=world,
-        method=METHODS["eclm"],
+        method=METHODS[method],
         device=3,
         step=0,
         moment=2,
         local=True,
         keeps=False,
         delivery=True,
-        folder=tmp_path,
+        folder=folder,
     )
+
+
+def test_any_seed_will_do(tmp_path):
+    task = task_of(World(Settings(), seed=2**40), "eclm", tmp_path)
     first, again, other = (task.generator(purpose).initial_seed() for purpose in (0, 0, 1))
     assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "expected"),
+    [
+        ({}, "eclm", True),
+        ({}, "eclm-no-prior", False),
+        ({}, "clusters", False),
+        ({"class_prior": True}, "clusters", True),
+        ({"classes_per_device": 0}, "eclm", False),
+        ({"classes_per_device": 0, "class_prior": True}, "eclm", True),
+    ],
+)
+def test_each_network_a_device_can_use_knows_its_classes(tmp_path, options, method, expected):
+    task = task_of(World(Settings(**options), seed=0), method, tmp_path)
+    candidates = torch.nn.ModuleList(torch.nn.Linear(2, 10) for _ in range(2))
+    before = [network.bias.clone() for network in candidates]
+    with task.prior(candidates):
+        told = [
+            not torch.equal(network.bias, bias)
+            for network, bias in zip(candidates, before, strict=True)
+        ]
+    assert told == [expected, expected]
 
 
 @pytest.mark.parametrize(("side", "most"), [(16, 2), (32, 4)])
