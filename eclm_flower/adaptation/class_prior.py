@@ -87,7 +87,10 @@ def log_prior(
     """Return what a device's labels add to the logits: float64 ``[C]``; see `class_prior`."""
     labels = torch.as_tensor(labels).long().cpu()
     if labels.ndim != 1 or len(labels) == 0 or int(labels.min()) < 0:
-        raise ValueError(f"Expected labels [n] from 0 for a class prior, got {labels.tolist()}.")
+        least = f", the least {int(labels.min())}" if labels.numel() else ""
+        raise ValueError(
+            f"Expected at least one label, all from 0, as [n], got {list(labels.shape)}{least}."
+        )
     if int(labels.max()) >= classes:
         raise ValueError(
             f"Expected labels below {classes}, the length of the model's last parameter, got "
@@ -100,7 +103,7 @@ def log_prior(
         raise ValueError(f"Expected cloud_shares of {classes} classes, all above 0, got {shares}.")
     if not 0 < unlike < 1:
         raise ValueError(f"Expected unlike between 0 and 1, got {unlike}.")
-    own = torch.bincount(labels, minlength=classes) / len(labels)
+    own = torch.bincount(labels, minlength=classes).double() / len(labels)
     return torch.log((1 - unlike) * own / (shares / shares.sum()) + unlike)
 
 

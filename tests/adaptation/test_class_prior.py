@@ -82,8 +82,8 @@ def test_of_a_model_that_holds_a_selector_the_bodys_logits_move():
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([], {}, r"labels \[n\] from 0"),
-        ([-1], {}, r"labels \[n\] from 0"),
+        ([], {}, r"at least one label, all from 0, as \[n\], got \[0\]\."),
+        ([-1, 2], {}, r"all from 0, as \[n\], got \[2\], the least -1\."),
         ([4], {}, "labels below 4, the length of the model's last parameter, got 4"),
         ([0], {"cloud_shares": [1.0]}, "cloud_shares of 4 classes, all above 0"),
         ([0], {"cloud_shares": [1.0, 0, 1, 1]}, "cloud_shares of 4 classes, all above 0"),
