@@ -92,12 +92,11 @@ class TableRun:
         self.rows: dict[str, Rows] = {}
         for row in table.rows:
             self.rows[row.name] = rows = read_rows(table.results, row.name)
-            if not rows.settings:
+            if not rows.settings or row not in self._to_run:
                 continue  # one that has no results yet may lack its learning rates
-            anew = redo if row in self._to_run else ()
-            rows.forget(anew)
+            rows.forget(redo)
             rows.check(self.settings(row), table.results / row.name)
-            if anew:
+            if redo:
                 write_rows(rows, table.results, row.name)
                 for part in self.parts(row):
                     for file in (ROWS, NOTES):

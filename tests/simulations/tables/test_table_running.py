@@ -93,6 +93,9 @@ def test_parts_run_once_and_share_what_the_cloud_prepared(tmp_path: Path, capsys
 
     with pytest.raises(SettingsError, match="--rounds was 1, got 2; take the change back"):
         run_own(tmp_path, OWN.replace("rounds = 1", "rounds = 2"))
+    # Other rows run all the same.
+    table = read_table(own_table(tmp_path, OWN.replace("rounds = 1", "rounds = 2") + other))
+    assert TableRun(table, tmp_path / "runs", QUIET, only=["other"]).rows["small"].done
 
 
 def test_a_part_is_the_same_as_an_ordinary_run(tmp_path: Path):
