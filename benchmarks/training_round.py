@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from eclm_flower import ECLM, receive
+from eclm_flower import ECLM, class_prior, receive
 from eclm_flower.federation import MeteredGrid, run_in_process
 from simulations.client_app import TRAIN, generator_of
 from simulations.client_app import app as client_app
@@ -189,7 +189,8 @@ def bare_loops(recording: RecordingGrid, world: World) -> float:
     with one_thread():
         start = time.perf_counter()
         for node, model, (x, y), generator in work:
-            losses[node] = bare_loop(model, x, y, world.settings, generator)
+            with class_prior(model, y):
+                losses[node] = bare_loop(model, x, y, world.settings, generator)
         seconds = time.perf_counter() - start
     assert losses == recording.losses, "The bare loop took other steps than the devices."
     return seconds
