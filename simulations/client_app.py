@@ -85,14 +85,13 @@ class _Task:
 
         Methods say so for label skew alone: else a prior is what chance makes of a few samples.
         """
-        networks = [model] if not isinstance(model, nn.ModuleList) else list(model)  # candidates
         own = self.method.class_prior and self.world.has_label_skew
-        if not (own or self.world.settings.class_prior):
-            networks = []
-        labels = self.world.data(self.device, self.step).train.tensors[1]
         with ExitStack() as stack:
-            for network in networks:
-                stack.enter_context(class_prior(network, labels))
+            if own or self.world.settings.class_prior:
+                labels = self.world.data(self.device, self.step).train.tensors[1]
+                # What is a list holds networks of which the device uses one.
+                for network in model if isinstance(model, nn.ModuleList) else [model]:
+                    stack.enter_context(class_prior(network, labels))
             yield
 
     def cache(self, *, stores: bool = True) -> ModuleCache | None:

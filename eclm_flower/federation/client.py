@@ -257,7 +257,8 @@ def profile(
         unlimited if that says nothing.
     mixture : array of float, optional
         ``[S]``, the proportions of the sub-tasks in the local data, if they are known: the shares
-        of the labels where sub-tasks are classes, all of one where the device knows its
+        of the labels if sub-tasks are classes (`class_prior` serves better and tells nobody), all
+        of one where the device knows its
         environment, all alike in one that is new. Not given: inferred from importance, which data
         unlike all that the cloud has seen can deceive.
     cache : ModuleCache, optional

@@ -93,7 +93,7 @@ class TableRun:
         for row in table.rows:
             self.rows[row.name] = rows = read_rows(table.results, row.name)
             if not rows.settings or row not in self._to_run:
-                continue  # one that has no results yet may lack its learning rates
+                continue  # without results it may lack its learning rates
             rows.forget(redo)
             rows.check(self.settings(row), table.results / row.name)
             if redo:
