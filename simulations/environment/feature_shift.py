@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simulations.environment.rows import Rows, expect, generator
-from simulations.environment.views import IMAGE_VIEWS, SIGNAL_VIEWS, View
+from simulations.environment.views import IMAGE_VIEWS, SIGNAL_VIEWS, View, one_after_another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class FeatureShift:
     known : bool
         The cloud's proxy data has been seen in the same views; else only as it is.
     names : tuple[str, ...] (default: ())
-        Of the views; empty: all that suit the data, without "plain" where they are new.
+        Of the views; empty: all that suit the data, without "plain" where they are new. A name of
+        several, "negative+rotation", is one view after another.
     strength : int (default: 3)
         1 to 5.
     """
@@ -44,12 +45,13 @@ class FeatureShift:
         """
         suited = IMAGE_VIEWS if images else SIGNAL_VIEWS
         names = self.names or tuple(name for name in suited if self.known or name != "plain")
-        unknown = [name for name in names if name not in suited]
+        parts = {name: name.split("+") for name in names}
+        unknown = [name for name in names if not suited.keys() >= set(parts[name])]
         kind = "images" if images else "signals"
         expect(not unknown, f"views of {kind} from {', '.join(suited)}", ", ".join(unknown))
         expect(len(set(names)) == len(names) >= 2, "at least two different views", ",".join(names))
         expect(1 <= self.strength <= 5, "a strength of 1 to 5", self.strength)
-        return [suited[name] for name in names]
+        return [one_after_another([suited[part] for part in parts[name]]) for name in names]
 
 
 class Surroundings:

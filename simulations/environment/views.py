@@ -11,7 +11,7 @@ of their own: what turns a photograph would turn a spectrogram into another soun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -143,3 +143,14 @@ SIGNAL_VIEWS: dict[str, View] = {
     "noise": noise,
     "dropped": dropped,
 }
+
+
+def one_after_another(views: Sequence[View]) -> View:
+    """Return a view that is several, from first to last."""
+
+    def view(x: Tensor, strength: int, generator: torch.Generator) -> Tensor:
+        for each in views:
+            x = each(x, strength, generator)
+        return x
+
+    return view

@@ -1,5 +1,7 @@
 """Views of data: each does what it says, more the stronger it is, and nothing to who has none."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,28 @@ def test_five_eighteenths_are_a_quarter_turn():
     assert torch.allclose(seen(v.rotation, x, 5), x.rot90(1, (2, 3)), atol=1e-4) or torch.allclose(
         seen(v.rotation, x, 5), x.rot90(-1, (2, 3)), atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rotation+rotation", lambda x: x.rot90(2, (2, 3))),
+        ("rotation+rotation+rotation+rotation", lambda x: x),
+        ("negative+negative", lambda x: x),
+        ("brightness+negative", lambda x: v.negative(x - 2, 5, torch.Generator())),
+        ("negative+brightness", lambda x: v.negative(x, 5, torch.Generator()) - 2),
+    ],
+)
+def test_views_go_one_after_another(name: str, expected: Callable[[torch.Tensor], torch.Tensor]):
+    x = samples(3, 8, 8)
+    view = FeatureShift(known=True, names=("plain", name), strength=5).views(images=True)[1]
+    assert torch.allclose(seen(view, x, 5), expected(x), atol=1e-4)
+
+
+def test_views_one_after_another_draw_on():
+    x = torch.zeros(2, 1, 8, 8)
+    once, twice = FeatureShift(known=True, names=("noise", "noise+noise")).views(images=True)
+    assert not torch.allclose(seen(twice, x, 5), 2 * seen(once, x, 5), atol=0.1)
 
 
 def test_blur_keeps_the_mean_and_loses_the_detail():
@@ -183,6 +207,7 @@ def test_classes_stay_when_views_move():
     ("shift", "said"),
     [
         (FeatureShift(known=True, names=("plain", "sepia")), "views of images from plain.*sepia"),
+        (FeatureShift(known=True, names=("plain", "noise+")), r"views of images.*got noise\+"),
         (FeatureShift(known=True, names=("plain",)), "at least two different views"),
         (FeatureShift(known=True, names=("noise", "noise")), "at least two different views"),
         (FeatureShift(known=True, strength=6), "strength of 1 to 5, got 6"),
