@@ -50,7 +50,7 @@ def test_every_table_is_sound(name: str):
     assert tomllib.loads(text)["options"]["seeds"] == "0,1,2"
     for row in table.rows:
         settings = row.settings()
-        assert settings.seeds == (0, 1, 2)
+        assert settings.seeds in ((0, 1, 2), (0, 1, 2, 3, 4))  # five where a run is short
         assert settings.data_dir == "/data"
         assert settings.judged_on == "test"
         if row.paper:
