@@ -73,12 +73,12 @@ def tune_rows(
     redo: Collection[str] = (),
     only: Collection[str] = (),
 ) -> None:
-    """Tune for every row of this table that one of its rows names, if it isn't done yet.
+    """Tune for every row of this table that one of its rows names what isn't tuned yet.
 
     Parameters
     ----------
     redo : collection of str
-        Strategies that are tuned anew where it is done; what others came to is kept.
+        Strategies that are tuned anew; what others came to is kept.
     only : collection of str
         Names of the rows to tune on; empty: all.
     """
@@ -92,7 +92,8 @@ def tune_rows(
         )
         known = None
         if path.exists():
-            anew = tuple(strategy for strategy in settings.strategies if strategy in redo)
+            rated = dict(read_rates(path)).keys() - set(redo)
+            anew = tuple(strategy for strategy in settings.strategies if strategy not in rated)
             if not anew:
                 console.print(f"{path.name}: tuned already.")
                 continue

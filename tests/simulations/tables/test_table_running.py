@@ -191,6 +191,13 @@ def test_a_table_tunes_its_rows_once(tmp_path: Path, monkeypatch):
     assert known[0] is None
     assert list(known[1]["strategy"]) == ["nested"]
 
+    # And a strategy that has come to the row since.
+    wider = TUNED.replace('"nested,eclm"', '"nested,eclm,fjord"')
+    assert wider != TUNED
+    run_own(tmp_path, wider, tune=True)
+    assert asked[2][0].strategies == ("fjord",)
+    assert list(known[2]["strategy"]) == ["nested", "eclm"]
+
 
 @pytest.fixture
 def signals():
