@@ -73,7 +73,7 @@ def tune_rows(
     redo: Collection[str] = (),
     only: Collection[str] = (),
 ) -> None:
-    """Tune for every row of this table that one of its rows names what isn't tuned yet.
+    """Tune, for every row that one of this table's rows names, what isn't tuned yet.
 
     Parameters
     ----------
