@@ -43,7 +43,9 @@ Alpha = Annotated[float, Option(help="Dirichlet division by class; 0: none.")]
 FeatureShift = Annotated[
     str, Option(help="Views of the data that the cloud knows, or new ones: none, known, new.")
 ]
-Views = Annotated[str, Option(help="Comma separated; else all that suit the data.")]
+Views = Annotated[
+    str, Option(help="Comma separated, a+b: one after another; else all that suit the data.")
+]
 Strength = Annotated[int, Option(help="Of the views, 1 to 5.")]
 Epochs = Annotated[int, Option(help=f"Offline: epochs of the whole model. {_SUITED}")]
 EnhancingEpochs = Annotated[

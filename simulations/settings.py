@@ -117,7 +117,7 @@ class Settings:
         Devices see their data in views; the cloud knows them, or not. See
         `simulations.environment.views`.
     views : tuple[str, ...] (default: ())
-        Of a feature shift; empty: all that suit the data.
+        Of a feature shift, "a+b": one after another; empty: all that suit the data.
     strength : int (default: 3)
         Of the views, 1 to 5.
     judged_on : {"test", "validation"}
