@@ -129,6 +129,9 @@ def run(
     delta_share: Annotated[
         float, Option(help="Of those epochs, for ECLM's delta modules; 0: it has none.")
     ] = _DEFAULT.delta_share,
+    distillation: Annotated[
+        float, Option(help="Weight of the whole model's soft labels for sub-models in the cloud.")
+    ] = _DEFAULT.distillation,
     module_cache: Annotated[
         bool, Option(help="Devices keep modules, and are sent only what is new to them.")
     ] = _DEFAULT.module_cache,

@@ -58,6 +58,7 @@ class OfflineStage:
             enhancing_epochs=0,
             selector_epochs=0,
             delta_share=0,
+            distillation=0,
             sub_tasks_per_device=PrototypingConfig.sub_tasks_per_device,
             budget_shares=PrototypingConfig.budget_shares,
         )
@@ -158,6 +159,7 @@ def config_of(world: World) -> PrototypingConfig:
         epochs=settings.epochs,
         enhancing_epochs=settings.enhancing_epochs,
         delta_share=settings.delta_share,
+        distillation=settings.distillation,
         sub_tasks_per_device=(1, _sub_tasks_seen(world)),
         budget_shares=usual_shares(settings.fleet),
     )

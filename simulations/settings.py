@@ -55,6 +55,7 @@ _CLOUD_ONLY = (
     "availability",
     "dropout",
     "delta_share",
+    "distillation",
     "evaluated",
 )
 
@@ -136,6 +137,8 @@ class Settings:
         Of the offline stage; see `eclm_flower.PrototypingConfig`.
     delta_share : float (default: 0.33)
         Of `enhancing_epochs`, for ECLM's delta modules; likewise.
+    distillation : float (default: 0)
+        Weight of the whole model's soft labels while the cloud trains sub-models, of all methods.
     module_cache : bool (default: False)
         Devices keep the modules they got, and are sent only what is new to them.
     evaluate_every : int (default: 1)
@@ -186,6 +189,7 @@ class Settings:
     epochs: int = 14
     enhancing_epochs: int = 9
     delta_share: float = 0.33
+    distillation: float = 0.0
     module_cache: bool = False
     evaluate_every: int = 1
     evaluated: int = 0
@@ -241,7 +245,9 @@ class Settings:
         _expect(0 < self.availability <= 1, "--availability above 0, at most 1", self.availability)
         _expect(0 <= self.dropout < 1, "--dropout from 0 to below 1", self.dropout)
         _expect(0 <= self.shift <= 1, "--shift from 0 to 1", self.shift)
-        _expect(0 <= self.delta_share <= 1, "--delta-share from 0 to 1", self.delta_share)
+        for name in ("delta_share", "distillation"):
+            value = getattr(self, name)
+            _expect(0 <= value <= 1, f"{option(name)} from 0 to 1", value)
         _expect(0 <= self.alpha < float("inf"), "--alpha of at least 0", self.alpha)
         _expect(
             not (self.alpha and self.classes_per_device),

@@ -44,7 +44,6 @@ METHODS: dict[str, Method] = {
         eclm_ablations.CHOSEN,
         eclm_ablations.UNIFORM_MERGE,
         eclm_ablations.NO_IMPORTANCE,
-        eclm_ablations.NO_DISTILLATION,
         eclm_ablations.NO_ENHANCING,
         eclm_precision.HALF,
         eclm_precision.EIGHT_BIT,

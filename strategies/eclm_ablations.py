@@ -10,7 +10,6 @@
 - **uniform merge**: the same, and a_ik is the number of examples alone, as in FedAvg.
 - **no importance**: whatever a device's data, it gets the first modules of every layer, as many as
   fit, without delta modules; no selector is sent. The cloud trained as for ECLM.
-- **no distillation**: sub-models train in the cloud on labels alone, without a teacher.
 - **no ability enhancing**: the cloud never trains sub-models. The whole model trains for as many
   epochs instead.
 """
@@ -35,5 +34,4 @@ UNIFORM_MERGE = _without(
     name="eclm-uniform-merge", strategy=partial(ECLM, weighting="examples"), offline="chosen"
 )
 NO_IMPORTANCE = _without(name="eclm-no-importance", strategy=Nested)
-NO_DISTILLATION = _without(name="eclm-no-distillation", offline="untaught")
 NO_ENHANCING = _without(name="eclm-no-enhancing", offline="split")

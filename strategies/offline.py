@@ -11,7 +11,6 @@ kind           sub-models trained in the cloud
 ``modules``    ECLM's: prefixes as in ``nested``; then delta modules for what sub-tasks differ in
 ``no-deltas``  the same without delta modules
 ``blank``      ECLM's, all delta modules zero: what comes into them, devices bring
-``untaught``   ECLM's, from labels alone: without the whole model's soft labels
 ``chosen``     modules behind a core of two: units are grouped, the selector learns, then chooses
 ``nested``     prefixes of one order of units, those that contribute most first
 ``scaled``     the same prefixes, their hidden units scaled as HeteroFL does
@@ -43,7 +42,6 @@ Offline = Literal[
     "modules",
     "no-deltas",
     "blank",
-    "untaught",
     "chosen",
     "nested",
     "scaled",
@@ -55,7 +53,7 @@ Offline = Literal[
 
 
 #: Kinds with delta modules: only there is it of use what a device's sub-tasks are.
-WITH_DELTAS = frozenset[Offline]({"modules", "blank", "untaught"})
+WITH_DELTAS = frozenset[Offline]({"modules", "blank"})
 
 CHOSEN_CORE = 2  # modules that all have where others are chosen; more helped nobody in our trials
 
@@ -88,8 +86,6 @@ def prepare(
         config = replace(config, delta_share=0)
     if offline == "blank":
         config = replace(config, delta_scales=(0.0,))
-    if offline == "untaught":
-        config = replace(config, distillation=0.0)
     if offline == "chosen":
         config = replace(config, core_modules=CHOSEN_CORE)
     if offline in ("whole", "split"):

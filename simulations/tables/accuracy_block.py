@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -51,8 +52,6 @@ def accuracy_block(title: str, rows: Rows, order: list[str], method: str) -> Blo
                 )
         block.lines.append(cells)
     block.notes.append(_sentence(rows.ends))
-    if method in there:
-        block.notes += _against_best(rows.ends, method, best, shifts)
     return block
 
 
@@ -69,39 +68,27 @@ def within_budget(name: str) -> bool:
     return METHODS[name].offline != "whole"
 
 
-def best_rival(ends: pd.DataFrame, there: list[str], method: str, column: str) -> str | None:
+def best_rival(
+    ends: pd.DataFrame,
+    there: list[str],
+    method: str,
+    column: str,
+    *,
+    statistic: Callable[[pd.Series[float]], float] = pd.Series.mean,
+) -> str | None:
     """Return the best strategy within budgets that is neither the method nor a variant of it."""
-    means = {
-        name: of_strategy(ends, name, column).mean()
+    values = {
+        name: statistic(of_strategy(ends, name, column))
         for name in there
         if name != method and not name.startswith(f"{method}-") and within_budget(name)
     }
-    return max(means, key=lambda name: means[name]) if means else None
+    return max(values, key=lambda name: values[name]) if values else None
 
 
 def at_the_end(course: pd.DataFrame, name: str, column: str) -> float:
     """Return what a strategy spent in all, mean over seeds."""
     own = course[course["strategy"] == name]
     return float(own.groupby("seed")[column].max().mean()) if len(own) else math.nan
-
-
-def _against_best(
-    ends: pd.DataFrame, method: str, best: dict[str, str | None], shifts: bool
-) -> list[str]:
-    sentences = []
-    for column, rival in best.items():
-        if rival is None:
-            continue
-        above = difference(of_strategy(ends, method, column), of_strategy(ends, rival, column))
-        text = f"Best rival within budgets, {column}: `{rival}`, {points(above)}"
-        if column == "adapted":
-            worst = [worst_tenth(of_strategy(ends, name, column)) for name in (method, rival)]
-            text += f"; worst tenth {(worst[0] - worst[1]) * 100:+.1f}"
-            if shifts:
-                held = (of_strategy(ends, name, "held") for name in (method, rival))
-                text += f"; right after a shift {points(difference(*held))}"
-        sentences.append(text + ".")
-    return [" ".join(sentences)]
 
 
 def _sentence(ends: pd.DataFrame) -> str:

@@ -3,7 +3,7 @@
 ::
 
     title = "..."                # of the table
-    print = ["accuracy"]         # blocks of each row, see `BLOCKS`
+    print = ["accuracy"]         # blocks of each row, see `BLOCKS`; "summary": of all rows
 
     [options]                    # of all rows, as in a preset
     seeds = "0,1,2"
@@ -42,7 +42,7 @@ from strategies import METHODS
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results" / "tables"
-BLOCKS = ("accuracy", "paper", "cost")
+BLOCKS = ("summary", "accuracy", "paper", "cost")
 _OF_A_TABLE = {"title", "print", "method", "options", "options-of", "row", "difference"}
 _OF_A_ROW = ("name", "title", "preset", "tuned", "paper")
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -92,7 +92,7 @@ class TableDefinition:
     ----------
     name, title : str
     blocks : tuple[str, ...]
-        Of each row: names in `BLOCKS`.
+        Names in `BLOCKS`: a summary of all rows, and what is printed of each.
     method : str
         What all others are compared with; strategies named ``<method>-...`` are variants of it.
     rows : tuple[TableRow, ...]

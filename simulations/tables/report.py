@@ -17,6 +17,7 @@ from simulations.tables.definition import TableDefinition
 from simulations.tables.difference_block import difference_block
 from simulations.tables.paper_block import paper_block
 from simulations.tables.rows import Rows, read_rows
+from simulations.tables.summary_block import summary_block
 
 MARKDOWN = "table.md"
 
@@ -29,6 +30,8 @@ def read_all(table: TableDefinition) -> dict[str, Rows]:
 def blocks_of(table: TableDefinition, rows: Mapping[str, Rows]) -> list[Block]:
     """Build all blocks of which there are results."""
     blocks = []
+    if "summary" in table.blocks and (glance := summary_block(table, rows)).lines:
+        blocks.append(glance)
     for row in table.rows:
         own = rows[row.name]
         if own.ends.empty:

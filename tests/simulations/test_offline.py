@@ -71,3 +71,9 @@ def test_simulated_devices_see_as_many_sub_tasks_as_real_ones(options: dict, mos
 def test_delta_modules_get_a_third_of_the_epochs_unless_told(options: dict, expected: int):
     settings = Settings(devices=8, enhancing_epochs=12, **options)
     assert config_of(World(settings, seed=0)).delta_epochs == expected
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_cloud_distils_as_told(weight: float):
+    settings = Settings(devices=8, distillation=weight)
+    assert config_of(World(settings, seed=0)).distillation == weight

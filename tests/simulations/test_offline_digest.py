@@ -48,6 +48,7 @@ def test_what_the_whole_model_depends_on(changed: dict):
     [
         {"enhancing_epochs": 2},
         {"enhancing_epochs": 4, "delta_share": 0.5},
+        {"distillation": 0.5},
         {"fleet": "uniform:0.25"},
         {"classes_per_device": 3},
     ],

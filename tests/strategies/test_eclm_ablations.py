@@ -33,11 +33,6 @@ def test_without_importance_devices_of_equal_budgets_get_equal_modules():
     assert any(modules[0] > 0 for held in whole.selections.values() for modules in held.values())
 
 
-def test_without_distillation_only_the_teacher_is_missing():
-    assert METHODS["eclm-no-distillation"].offline == "untaught"
-    assert METHODS["eclm-no-distillation"].strategy is METHODS["eclm"].strategy
-
-
 def test_without_ability_enhancing_the_cloud_never_trained_sub_models():
     assert METHODS["eclm-no-enhancing"].offline == "split"
     assert METHODS["eclm-no-enhancing"].strategy is METHODS["eclm"].strategy

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from simulations.settings import SettingsError
-from simulations.tables.definition import FOLDER, RESULTS, known_tables, read_table
+from simulations.tables.definition import (
+    FOLDER,
+    RESULTS,
+    TableRow,
+    known_tables,
+    read_table,
+)
 from simulations.tables.paper_block import paper_row
 from simulations.tables.rates import rates_file
 
@@ -64,27 +70,29 @@ def test_every_table_is_sound(name: str):
 
 
 def test_there_is_a_table_for_each_question():
-    assert known_tables() == ["ablations", "cost", "honest", "paper"]
+    assert known_tables() == ["ablations", "cost", "honest", "paper", "variations"]
     honest = read_table("honest")
     settings = {row.name: row.settings() for row in honest.rows}
-    longer, prior = (
-        {name: settings.pop(name) for name in list(settings) if name.endswith(ending)}
-        for ending in ("-longer", "-prior")
-    )
     numbers = {name: len(own.strategies) for name, own in settings.items()}
-    assert set(numbers.values()) == {9, 10, 12}
+    assert set(numbers.values()) == {9, 12}
     assert numbers["cifar10-m2"] == numbers["features-quarter"] == 12
     assert all(own.strategies[0] == "eclm" for own in settings.values())
     assert all(row.tuned for row in honest.rows)
-    for name, own in longer.items():  # nothing differs but the epochs
-        same = settings[name.removesuffix("-longer")]
-        assert own.enhancing_epochs == 3 * same.enhancing_epochs
-        assert own == replace(
-            same, enhancing_epochs=own.enhancing_epochs, strategies=own.strategies, rates=own.rates
-        )
-    for name, own in prior.items():  # nothing but that all have a class prior
-        same = settings[name.removesuffix("-prior")]
-        assert own == replace(same, class_prior=True, strategies=own.strategies, rates=own.rates)
+
+
+@pytest.mark.parametrize("row", read_table("variations").rows, ids=lambda row: row.name)
+def test_a_variation_is_a_row_of_table_b_with_one_thing_changed(row: TableRow):
+    same_row, _, change = row.name.rpartition("-")
+    own, same = row.settings(), read_table("honest").row(same_row).settings()
+    changes = {
+        "longer": {"enhancing_epochs": 3 * same.enhancing_epochs},
+        "prior": {"class_prior": True},
+        "masked": {"masked_loss": True},
+        "epochs": {"local_epochs": 10},
+    }
+    free = {"strategies": own.strategies, "rates": own.rates, "distillation": own.distillation}
+    assert own == replace(same, **free, **changes[change])
+    assert set(own.strategies) <= set(same.strategies)
 
 
 def test_options_come_from_preset_table_data_set_and_row(tmp_path: Path):
@@ -109,7 +117,7 @@ def test_options_come_from_preset_table_data_set_and_row(tmp_path: Path):
         ("rounds = 5", "per-round = 50", "In the row large .*: Expected --per-round of at most"),
         ("rounds = 5", 'rates = "x.toml"', "got rates"),
         ("rounds = 5", 'strategies = "fedprox"', "Expected --strategies from eclm"),
-        ('["cost"]', '["costs"]', "print from accuracy, paper, cost"),
+        ('["cost"]', '["costs"]', "print from summary, accuracy, paper, cost"),
         ('title = "Own"', "seeds = 3", "got seeds; options of all rows stand under"),
         ("small/eclm", "small/nested", "a strategy of row small in .*, got nested"),
         ("small/eclm", "tiny/eclm", "a row of table own from small, large, got 'tiny'"),
@@ -125,7 +133,7 @@ def test_bad_tables_are_refused(tmp_path: Path, old: str, new: str, said: str):
 
 
 def test_an_unknown_table_is_refused_with_the_known_ones():
-    with pytest.raises(SettingsError, match=r"a table from ablations, .*paper, or the path"):
+    with pytest.raises(SettingsError, match=r"a table from ablations, .*variations, or the path"):
         read_table("z")
     with pytest.raises(SettingsError, match=r"a row of the paper's table from HAR, MLP"):
         paper_row("MNIST")

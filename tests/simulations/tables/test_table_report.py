@@ -17,6 +17,7 @@ from simulations.tables.definition import read_table
 from simulations.tables.paper_block import paper_block
 from simulations.tables.report import markdown, read_all, table_on, with_table
 from simulations.tables.rows import Rows, identity, write_rows
+from simulations.tables.summary_block import summary_block
 
 OWN = """
 title = "Own"
@@ -89,7 +90,27 @@ def test_shifts_have_a_column_where_there_are_any():
     assert "after shift" not in accuracy_block("x", rows_of(ACCURACY), ["eclm"], "eclm").headings
     block = accuracy_block("x", rows_of(ACCURACY, held=0.4), ["eclm", "nested"], "eclm")
     assert cells(block, "eclm")[block.headings.index("after shift")] == "40.0"
-    assert "right after a shift +0.0 ± 0.0" in block.notes[1]
+
+
+def test_a_summary_finds_the_best_rival_of_each_measure(table):
+    rows = {"first": rows_of(ACCURACY, held=0.4), "second": Rows()}
+    ends = rows["first"].ends
+    ends.loc[(ends["strategy"] == "nested") & (ends["device"] == 0), "adapted"] = 0.3
+    block = summary_block(table, rows)
+    (line,) = block.lines  # the second row has no results
+    ahead = dict(zip(block.headings, line, strict=True))
+    assert ahead["row"] == "The first row"
+    assert ahead["`eclm`, adapted"] == "71.5"
+    assert ahead["sent"] == "+10.0 ± 0.0 (2/2), `nested`"
+    assert ahead["adapted"] == "+17.5 ± 11.6 (2/2), `nested`"
+    assert ahead["masked"] == "-20.0 ± 0.0 (2/2), `random`"
+    assert ahead["after shift"] == "+0.0 ± 0.0 (0/2), `nested`"
+    assert ahead["worst tenth"] == "+20.0, `random`"  # nested: best on average, not there
+
+
+def test_a_summary_leaves_out_rows_without_a_rival(table):
+    rows = {"first": rows_of({"eclm": 0.7, "eclm-half": 0.6, "fedavg": 0.5}), "second": Rows()}
+    assert not summary_block(table, rows).lines
 
 
 def test_missing_seeds_are_told():

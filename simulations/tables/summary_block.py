@@ -1,0 +1,47 @@
+"""A table at a glance: of each row, by how much the method is ahead of the best rival."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from simulations.tables.accuracy_block import best_rival
+from simulations.tables.blocks import NOTHING, Block, percent, points
+from simulations.tables.definition import TableDefinition
+from simulations.tables.rows import Rows
+from simulations.tables.statistics import difference, of_strategy, worst_tenth
+
+_MEASURES = {"sent": "sent", "adapted": "adapted", "masked": "masked", "held": "after shift"}
+_NOTE = (
+    "Each cell: points ahead of the best rival within budgets *of that cell*, and which it is. "
+    "Variants of the method, and strategies that ignore budgets (†), are no rivals here."
+)
+
+
+def summary_block(table: TableDefinition, rows: Mapping[str, Rows]) -> Block:
+    """Build the block of a table; rows without results, or without a rival, are left out.
+
+    Each measure has a best rival of its own: the one that leaves the method least.
+    """
+    method = table.method
+    block = Block(
+        title=f"At a glance: `{method}` against the best rival within budgets",
+        headings=("row", f"`{method}`, adapted", *_MEASURES.values(), "worst tenth"),
+        notes=[_NOTE],
+    )
+    for row in table.rows:
+        ends = rows[row.name].ends
+        there = [] if ends.empty else list(ends["strategy"].unique())
+        if method not in there or best_rival(ends, there, method, "adapted") is None:
+            continue
+        own = of_strategy(ends, method, "adapted")
+        cells = [row.title, percent(own.mean())]
+        for column in _MEASURES:
+            rival = best_rival(ends, there, method, column)
+            mine, theirs = (of_strategy(ends, name, column) for name in (method, str(rival)))
+            ahead = points(difference(mine, theirs))
+            cells.append(ahead if ahead == NOTHING else f"{ahead}, `{rival}`")
+        rival = best_rival(ends, there, method, "adapted", statistic=worst_tenth)
+        worst = worst_tenth(own) - worst_tenth(of_strategy(ends, str(rival), "adapted"))
+        cells.append(f"{100 * worst:+.1f}, `{rival}`")
+        block.lines.append(cells)
+    return block
