@@ -42,7 +42,7 @@ from strategies import METHODS
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results" / "tables"
-BLOCKS = ("summary", "accuracy", "paper", "cost")
+BLOCKS = ("accuracy", "paper", "cost", "summary")
 _OF_A_TABLE = {"title", "print", "method", "options", "options-of", "row", "difference"}
 _OF_A_ROW = ("name", "title", "preset", "tuned", "paper")
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")

@@ -117,7 +117,7 @@ def test_options_come_from_preset_table_data_set_and_row(tmp_path: Path):
         ("rounds = 5", "per-round = 50", "In the row large .*: Expected --per-round of at most"),
         ("rounds = 5", 'rates = "x.toml"', "got rates"),
         ("rounds = 5", 'strategies = "fedprox"', "Expected --strategies from eclm"),
-        ('["cost"]', '["costs"]', "print from summary, accuracy, paper, cost"),
+        ('["cost"]', '["costs"]', "print from accuracy, paper, cost, summary"),
         ('title = "Own"', "seeds = 3", "got seeds; options of all rows stand under"),
         ("small/eclm", "small/nested", "a strategy of row small in .*, got nested"),
         ("small/eclm", "tiny/eclm", "a row of table own from small, large, got 'tiny'"),
