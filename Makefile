@@ -13,8 +13,11 @@ demo: .venv/.installed
 deployment-demo: .venv/.installed
 	$(RUN) -m deployment demo
 
+# Two processes or a few more; then, with the machine to themselves, the tests that start engines.
 test: .venv/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not ray and not deployment" --numprocesses auto --maxprocesses 4 \
+		--dist loadfile
+	$(RUN) -m pytest -m "ray or deployment"
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

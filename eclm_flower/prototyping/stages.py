@@ -216,9 +216,9 @@ def train_as_deployed(
     """Train sub-models the way devices will hold them (not in the paper).
 
     In every step a few simulated devices draw sub-tasks and a budget, get the sub-model they would
-    be sent, and train it on samples of their sub-tasks, helped by the soft labels of the whole
-    model as it was before; the whole model trains on samples of all sub-tasks beside them. Batch
-    norm statistics are frozen, as on devices.
+    be sent, and train it on samples of their sub-tasks, where `distillation` says so helped by soft
+    labels of the whole model as it was before; the whole model trains on samples of all sub-tasks
+    beside them. Batch norm statistics are frozen, as on devices.
 
     Parameters
     ----------
