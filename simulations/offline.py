@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import TensorDataset
 
 from eclm_flower import PrototypingConfig, prototype
-from eclm_flower.federation.messages import DELTAS_STATE
 from eclm_flower.modular import ModularModel
 from eclm_flower.prototyping import accuracy
 from simulations.augmentation import augmentation_of
@@ -138,10 +137,7 @@ class OfflineStage:
 
     def _load(self, model: ModularModel, name: str) -> bool:
         if self._path(name).exists():
-            state = load_file(self._path(name))
-            if any(key.startswith(DELTAS_STATE) for key in state):
-                model.add_deltas()
-            model.load_state_dict(state)
+            model.load_state_dict(load_file(self._path(name)))
         return self._path(name).exists()
 
     def _keep(self, model: ModularModel, name: str) -> None:

@@ -99,6 +99,8 @@ def _resume(
     checkpoint = folder.load()
     if checkpoint is None:
         return None
+    if strategy.model.sub_tasks:  # `prototype`, which adds delta modules, may have been skipped
+        strategy.model.add_deltas_of(checkpoint.facts["arrays"])
     check_same_run(checkpoint, strategy.model, settings, folder.path)
     state = from_checkpoint(checkpoint, strategy.model, strategy.told)
     strategy.go_on_from(state)

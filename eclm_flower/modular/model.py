@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from eclm_flower.errors import ModularizationError
 from eclm_flower.modular.cost_measurement import measure_costs
@@ -101,6 +102,19 @@ class ModularModel(nn.Module):
             )
         self.deltas = DeltaModules(self.body, self.layers.values(), self.sub_tasks)
         return self.deltas
+
+    def add_deltas_of(self, keys: Iterable[str]) -> None:
+        """Add delta modules if a state with these keys has some and this model has none."""
+        if self.deltas is None and any(key.startswith("deltas.") for key in keys):
+            self.add_deltas()
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load a state, as in PyTorch; delta modules in it are added where there are none yet."""
+        self.add_deltas_of(state_dict)
+        loaded = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return cast(_IncompatibleKeys, loaded)
 
     @property
     def costs(self) -> CostTable:

@@ -78,6 +78,14 @@ def test_deltas_of_zero_learn():
     assert largest > 1e-4
 
 
+def test_a_run_goes_on_with_its_deltas_though_the_model_was_not_prepared_again(tmp_path):
+    _, expected = run(cloud_model(), 2, checkpoint_dir=tmp_path / "straight")
+    run(cloud_model(), 1, checkpoint_dir=tmp_path / "stopped")
+    _, after = run(build_model(sub_tasks=S), 2, checkpoint_dir=tmp_path / "stopped")
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in expected.items())
+
+
 def test_both_the_shared_weights_and_the_deltas_learn():
     model = cloud_model()
     before = model.state_dict()

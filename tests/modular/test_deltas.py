@@ -129,6 +129,18 @@ def test_deltas_are_saved_with_the_cloud_model(model, small_mlp, tmp_path):
         assert torch.equal(tensor, again.deltas.tensors[key])
 
 
+def test_a_saved_state_brings_its_delta_modules_along(model, small_mlp):
+    with torch.no_grad():
+        for tensor in model.add_deltas().tensors.values():
+            tensor.normal_()
+    fresh = modularize(
+        small_mlp(), modules_per_layer=4, example_input=model.example_input, sub_tasks=S
+    )
+    assert fresh.deltas is None
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(dict(fresh.state_dict()), dict(model.state_dict()), atol=0, rtol=0)
+
+
 def test_devices_have_none(model):
     assert not any("deltas" in key for key in model.sub_model(chosen(model, 2)).state_dict())
 
