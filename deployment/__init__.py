@@ -1,4 +1,4 @@
 """Real deployments of a Flower App: certificates, SuperLink and SuperNodes, on one host or several.
 
-``python -m deployment demo`` runs one on this host; ``compose.yaml`` starts one on several.
+``python -m deployment demo`` runs one on this host; ``cloud.yaml`` and ``device.yaml`` start one on several.
 """
