@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from eclm_flower import class_prior, profile
-from eclm_flower.federation.cache import ModuleCache
+from eclm_flower.federation import ModuleCache
 from eclm_flower.federation.differences import ErrorFeedback
 from eclm_flower.modular.selection import count
 from simulations.accuracies import accuracies

@@ -1,5 +1,6 @@
 """ECLM over Flower: the strategy, the device's side, an in-process engine, byte counts."""
 
+from eclm_flower.federation.cache import ModuleCache
 from eclm_flower.federation.client import profile, receive, reply, selection_of
 from eclm_flower.federation.differences import ErrorFeedback
 from eclm_flower.federation.in_process import InProcessGrid, run_in_process
@@ -14,6 +15,7 @@ __all__ = [
     "ErrorFeedback",
     "InProcessGrid",
     "MeteredGrid",
+    "ModuleCache",
     "Roster",
     "Traffic",
     "content_bytes",

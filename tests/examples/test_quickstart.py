@@ -7,24 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, RecordDict
+import torch
+from flwr.app import ArrayRecord, Context, RecordDict
 from safetensors.torch import load_file
+from torch import nn
 
+from eclm_flower import modularize
 from eclm_flower.federation import InProcessGrid
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 FEDAVG, ECLM = EXAMPLES / "quickstart-fedavg", EXAMPLES / "quickstart-eclm"
 SIDES = ["server_app.py", "client_app.py"]
-DIFFS = dict(
-    zip(
-        SIDES,
-        re.findall(
-            r"```diff\n(.*?)```", (ROOT / "docs" / "migrating.md").read_text(), flags=re.DOTALL
-        ),
-        strict=True,
-    )
-)
+PAGE = (ROOT / "docs" / "migrating.md").read_text()
+DIFFS = dict(zip(SIDES, re.findall(r"```diff\n(.*?)```", PAGE, flags=re.DOTALL), strict=True))
 
 
 def side(diff: str, keep: str) -> str:
@@ -55,6 +51,14 @@ def test_nothing_else_differs_but_the_name():
     fedavg = (FEDAVG / "pyproject.toml").read_text()
     renamed = fedavg.replace("quickstart-fedavg", "quickstart-eclm").replace("FedAvg", "ECLM")
     assert (ECLM / "pyproject.toml").read_text() == renamed
+
+
+def test_the_network_comes_out_as_the_page_says():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    net, trained = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
+    model = modularize(trained, modules_per_layer=4, example_input=torch.zeros(1, 4))
+    exec(code, {"net": net, "arrays": ArrayRecord(model.state_dict())})
+    assert torch.equal(net[0].weight, trained[0].weight)
 
 
 @pytest.fixture(params=[FEDAVG, ECLM], ids=["FedAvg", "ECLM"])

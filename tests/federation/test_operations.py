@@ -14,12 +14,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 
 def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, on_device = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    code, *on_devices = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     model = build_model()
     names = {"model": model, "grid": grid_of(eclm_app()), "arrays": ArrayRecord(model.state_dict())}
     exec(code.replace("num_rounds=100", "num_rounds=2"), names)
     assert list((tmp_path / "checkpoints").glob("round-000002/*"))
-    exec(on_device, {"app": ClientApp(), "model": model})
+    for on_device in on_devices:
+        exec(on_device, {"app": ClientApp(), "model": model})
 
 
 def test_every_metric_of_a_round_is_explained():
