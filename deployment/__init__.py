@@ -1,4 +1,5 @@
 """Real deployments of a Flower App: certificates, SuperLink and SuperNodes, on one host or several.
 
-``python -m deployment demo`` runs one on this host; ``cloud.yaml`` and ``device.yaml`` start one on several.
+``python -m deployment demo`` runs one on this host; with ``cloud.yaml`` and ``device.yaml`` Docker
+Compose starts one on several.
 """

@@ -53,6 +53,7 @@ def test_nothing_else_differs_but_the_name():
     assert (ECLM / "pyproject.toml").read_text() == renamed
 
 
+@pytest.mark.filterwarnings("ignore:The narrowest selector")
 def test_the_network_comes_out_as_the_page_says():
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     net, trained = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
