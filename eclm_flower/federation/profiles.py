@@ -19,6 +19,8 @@ from eclm_flower.federation.messages import profile_from_content
 from eclm_flower.federation.traffic import Traffic
 from eclm_flower.modular.costs import CostTable
 
+Tells = Literal["importance", "modules", "budget"]
+
 # A request outlives its deadline a little: who is late is then silent and not an error.
 TTL_MARGIN = 5.0  # seconds
 
@@ -49,7 +51,7 @@ class Profiles:
         *,
         importance_every: int | None,
         budget_every: int = 1,
-        tells: Literal["importance", "modules", "budget"] = "importance",
+        tells: Tells = "importance",
     ) -> None:
         self.importance_every = importance_every
         self.budget_every = budget_every
@@ -57,6 +59,11 @@ class Profiles:
         self.latest: dict[int, DeviceProfile] = {}
         self.budget_rounds: dict[int, int] = {}
         self.importance_rounds: dict[int, int] = {}
+
+    def start_anew(self) -> None:
+        """Count rounds from 1 again: what was told in an earlier run was told before round 1."""
+        self.budget_rounds.clear()
+        self.importance_rounds = dict.fromkeys(self.importance_rounds, 0)
 
     def wants_selector(self, device: int, server_round: int) -> bool:
         """Whether a device must be sent the selector, to score its data."""

@@ -61,7 +61,7 @@ def run_rounds(
         result, arrays, first = done.result, done.cloud.arrays, done.server_round + 1
     else:
         result, arrays, first = Result(), initial_arrays, 1
-        strategy.told.budget_rounds.clear()  # of an earlier start: its rounds have the same numbers
+        strategy.told.start_anew()
         _evaluate_in_the_cloud(evaluate_fn, 0, arrays, result)
 
     for server_round in range(first, num_rounds + 1):

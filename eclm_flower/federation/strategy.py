@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from logging import WARNING
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -29,7 +29,7 @@ from eclm_flower.federation.checkpoint import CheckpointFolder
 from eclm_flower.federation.cloud import CloudModel
 from eclm_flower.federation.messages import DERIVES, DTYPES
 from eclm_flower.federation.phase import Phase
-from eclm_flower.federation.profiles import Profiles
+from eclm_flower.federation.profiles import Profiles, Tells
 from eclm_flower.federation.replies import Request, Training, read_evaluation
 from eclm_flower.federation.requests import configure
 from eclm_flower.federation.roster import Roster
@@ -173,8 +173,13 @@ class ECLM(FedAvg):
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
-        if derive_on not in ("cloud", "device"):
-            raise ValueError(f"Expected derive_on 'cloud' or 'device', got {derive_on!r}.")
+        for name, given, known in (
+            ("weighting", weighting, get_args(Weighting)),
+            ("batch_norm", batch_norm, get_args(BatchNormPolicy)),
+            ("derive_on", derive_on, ("cloud", "device")),
+        ):
+            if given not in known:
+                raise ValueError(f"Expected {name} from {', '.join(known)}, got {given!r}.")
         if importance_every is not None and importance_every < 1:
             raise ValueError(f"Expected importance_every >= 1 or None, got {importance_every}.")
         if budget_every < 1:
@@ -217,14 +222,11 @@ class ECLM(FedAvg):
         self.roster = Roster(seed, self.query_config)
         if derive_on == "device":
             self.roster.greeting[DERIVES] = True
+        tells: Tells = "importance" if self.uses_importance else "budget"
         self.told = Profiles(
             importance_every=importance_every,
             budget_every=budget_every,
-            tells="modules"
-            if derive_on == "device"
-            else "importance"
-            if self.uses_importance
-            else "budget",
+            tells="modules" if derive_on == "device" else tells,
         )
         self.selections: dict[int, Selection] = {}
         self.usual: list[tuple[float, float]] = []  # norm and examples of updates lately merged

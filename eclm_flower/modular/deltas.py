@@ -26,6 +26,8 @@ from eclm_flower.modular.split import ModuleLayer
 Mixture = Tensor | Sequence[float]
 """Proportions ``[S]`` in which a device's data comes from the sub-tasks; they sum to 1."""
 
+_ROUNDING = 1e-6  # of a proportion
+
 
 class DeltaModules(nn.Module):
     """The differences of all sub-tasks; zero at the start, which is to have none.
@@ -100,11 +102,6 @@ class DeltaModules(nn.Module):
         """Key differences by their names in the state dict, not by the body's."""
         return {self._names[key]: tensor for key, tensor in tensors.items()}
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the cloud stores more."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
     def weights(self, mixture: Mixture) -> Tensor:
         """Return v of a mixture w: float64 ``[S]``, how much of each difference a device is sent.
 
@@ -121,7 +118,9 @@ class DeltaModules(nn.Module):
             )
         if number == 1:
             return weights
-        return (weights - 1 / number).clamp(min=0) * (number / (number - 1))
+        above = weights - 1 / number
+        above[above < _ROUNDING] = 0  # 1 / S in single precision can be more than 1 / S
+        return above * (number / (number - 1))
 
     def difference(self, selection: Selection, mixture: Mixture) -> dict[str, Tensor]:
         """Add up what a device's sub-model differs by from W; gradients flow back to it.

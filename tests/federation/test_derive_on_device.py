@@ -141,8 +141,3 @@ def test_costs_survive_the_way_to_the_device():
         assert [getattr(got, r) for r in RESOURCES] == [getattr(cost, r) for r in RESOURCES]
     assert derive(importance, told, limit) == derive(importance, costs, limit)
     assert costs_from_config({}, costs) is None
-
-
-def test_who_derives_must_be_named():
-    with pytest.raises(ValueError, match="derive_on 'cloud' or 'device', got 'edge'"):
-        ECLM(build_model(), derive_on="edge")

@@ -162,6 +162,23 @@ def test_importance_is_asked_again_when_it_gets_old():
     assert sum(asked) == 4 * 2
 
 
+def test_importance_of_an_earlier_start_gets_old_too():
+    asked = []
+    app = eclm_app()
+    query = app._registered_funcs["query.default"]
+
+    def spy(message, context):
+        asked.append(bool(message.content.array_records))
+        return query(message, context)
+
+    app._registered_funcs["query.default"] = spy
+    strategy = ECLM(build_model(), importance_every=2)
+    run(strategy.model, app, strategy=strategy, rounds=2)
+    asked.clear()
+    run(strategy.model, app, strategy=strategy, rounds=3)
+    assert sum(asked) == 4  # in round 2: its rounds count from 1 again
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_budget_that_is_fresh_is_not_asked_again(fails):
     asked = []
@@ -354,6 +371,19 @@ def test_buffers_that_are_not_floating_point_stay_where_they_are():
     assert "body.mask" in strategy.cloud.arrays
     arrays, _ = strategy.cloud.pack({"0": (0, 1)})
     assert set(arrays) == {"shared.float32", "modules.float32"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"derive_on": "edge"}, "derive_on from cloud, device, got 'edge'"),
+        ({"weighting": "fair"}, "weighting from importance-examples, .*, got 'fair'"),
+        ({"batch_norm": "froze"}, "batch_norm from frozen, merged, got 'froze'"),
+    ],
+)
+def test_an_unknown_choice_is_refused_before_anything_is_sent(options, said):
+    with pytest.raises(ValueError, match=said):
+        ECLM(build_model(), **options)
 
 
 def test_a_bad_interval_is_refused():

@@ -91,6 +91,16 @@ def test_who_is_not_known_gets_the_shared_weights(model):
         assert not torch.allclose(known[key], parameter)
 
 
+@pytest.mark.parametrize("number", range(2, 12))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_shares_are_no_sub_task_at_any_precision(small_mlp, number, dtype):
+    model = modularize(
+        small_mlp(), modules_per_layer=4, example_input=torch.zeros(1, 6), sub_tasks=number
+    )
+    weights = model.add_deltas().weights(torch.full((number,), 1 / number, dtype=dtype))
+    assert not weights.any()
+
+
 def test_a_device_of_one_sub_task_gets_its_difference_whole(model):
     everything = chosen(model)
     for s in range(S):
@@ -116,7 +126,7 @@ def test_the_cloud_stores_a_core_for_each_sub_task():
     model = modularize(slim_resnet(), example_input=torch.zeros(1, 3, 32, 32), sub_tasks=5)
     quarter = {name: range(layer.modules // 4) for name, layer in model.layers.items()}
     core = sum(p.numel() * 4 for p in model.sub_model(quarter).parameters())
-    assert model.add_deltas().num_bytes == 5 * core
+    assert sum(tensor.numel() * 4 for tensor in model.add_deltas().tensors.values()) == 5 * core
 
 
 def test_deltas_are_saved_with_the_cloud_model(model, small_mlp, tmp_path):
