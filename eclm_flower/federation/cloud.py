@@ -56,8 +56,6 @@ class CloudModel:
         so, or their modules would be slow to read one by one.
     module_versions : dict[str, np.ndarray]
         Layer name -> int64 ``[N]``, the round that last changed each module; 0: none so far.
-    shared_version : int
-        The round that last changed the shared part.
     sent_as : torch.dtype, optional
         What sub-models are rounded to for devices: float16 or bfloat16; None: not at all.
     """
@@ -66,7 +64,6 @@ class CloudModel:
     arrays: ArrayRecord
     state: dict[str, Tensor]
     module_versions: dict[str, np.ndarray]
-    shared_version: int
     sent_as: torch.dtype | None = None
 
     @classmethod
@@ -93,7 +90,6 @@ class CloudModel:
             module_versions={
                 layer.name: np.full(layer.modules, version) for layer in model.layers.values()
             },
-            shared_version=version,
         )
 
     @cached_property
@@ -218,11 +214,9 @@ class CloudModel:
         deltas : dict[str, Tensor], optional
             State of the delta modules after the round, where it changed.
         """
-        changed = self._changed(merged)
         versions = {name: numbers.copy() for name, numbers in self.module_versions.items()}
-        for layer, modules in changed.items():
-            if layer != SHARED:
-                versions[layer][modules] = server_round
+        for layer, modules in self._changed(merged).items():
+            versions[layer][modules] = server_round
         arrays, state = dict(self.arrays), dict(self.state)
         for key, old in self.state.items():
             new = merged.pop(key)
@@ -238,11 +232,10 @@ class CloudModel:
             arrays=_record(arrays),
             state=state,
             module_versions=versions,
-            shared_version=server_round if changed[SHARED] else self.shared_version,
         )
 
     def _changed(self, merged: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        """Say which modules of each layer have other values now; `SHARED`: ``[0]`` or ``[]``."""
+        """Say which modules of each layer have other values now."""
         changed = {}
         for layer in self.model.layers.values():
             pairs = [
@@ -255,12 +248,7 @@ class CloudModel:
                 for module in range(layer.modules)
                 if any(not old[module].equal(new[module]) for old, new in pairs)
             ]
-        modular = {key for layer in self.model.layers.values() for key in layer.axes}
-        shared = self.state.keys() - modular
-        same = all(
-            merged[key] is self.state[key] or merged[key].equal(self.state[key]) for key in shared
-        )
-        return {**changed, SHARED: [] if same else [0]}
+        return changed
 
     def modules_changed_in(self, server_round: int) -> int:
         """Count the modules that were last changed in a round; 0: in none so far."""

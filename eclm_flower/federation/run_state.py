@@ -135,7 +135,6 @@ def to_checkpoint(state: RunState, settings: Mapping[str, str]) -> Checkpoint:
         "settings": dict(settings),
         "initial": state.initial,
         "usual": [list(update) for update in state.usual],
-        "shared-version": cloud.shared_version,
         "profiles": known,
         "selections": chosen,
         "merged": bool(state.result.arrays),
@@ -186,7 +185,6 @@ def from_checkpoint(checkpoint: Checkpoint, model: ModularModel, told: Profiles)
     cloud = replace(
         CloudModel.opened(model, arrays, version=0),
         module_versions={name: tensors[f"{_VERSIONS}{name}"] for name in model.layers},
-        shared_version=facts["shared-version"],
     )
     for row, device in enumerate(facts["profiles"]):
         importance = {
