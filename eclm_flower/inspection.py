@@ -23,6 +23,7 @@ from eclm_flower.errors import EclmError
 from eclm_flower.modular import CostTable, ModularModel, Selection, modularize, slim_resnet
 from eclm_flower.modular.costs import cost_table
 from eclm_flower.modular.selection import count
+from eclm_flower.prototyping.proxy import device_of
 
 
 class InspectionError(EclmError, ValueError):
@@ -81,7 +82,7 @@ def inspect(request: Request) -> Iterator[str | Table]:
     shape = "x".join(str(size) for size in example_input.shape[1:])
     try:
         costs = model.costs
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise InspectionError(
             f"{request.model} does not take an input of {shape}: {error}"
         ) from error
@@ -116,7 +117,7 @@ def _build(request: Request) -> tuple[nn.Module, Tensor]:
     if ":" in request.model:
         body = _from_factory(request.model)
         shape = _shape(request.shape or "3x224x224")
-        return body, torch.zeros(1, *shape, device=next(body.parameters()).device)
+        return body, torch.zeros(1, *shape, device=device_of(body))
     if request.classes is not None and request.classes < 1:
         raise InspectionError(f"Expected --classes of 1 or more, got {request.classes}.")
     with torch.device("meta"):
@@ -132,7 +133,11 @@ def _build(request: Request) -> tuple[nn.Module, Tensor]:
             )
         shape = _shape(request.shape or "3x224x224")
         build = torchvision.models.get_model_builder(request.model)
-        body = build(weights=None, **options)
+        try:
+            body = build(weights=None, **options)
+        except NotImplementedError:  # RegNet reckons with tensors, which have no values here
+            with torch.device("cpu"):
+                body = build(weights=None, **options).to("meta")
         if getattr(body, "image_size", shape[-1]) != shape[-1]:  # a transformer's is its own
             try:
                 body = build(weights=None, image_size=shape[-1], **options)

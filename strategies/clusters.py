@@ -27,7 +27,6 @@ from eclm_flower import receive, reply
 from eclm_flower.adaptation import DeviceProfile, Update, merge
 from eclm_flower.federation.client import selection_of
 from eclm_flower.modular import ModularModel, Selection
-from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.modes import evaluating
 from strategies.method import Method
 from strategies.nested import Nested
@@ -57,6 +56,8 @@ class Bodies(nn.ModuleList):
 class ClusteredModel(ModularModel):
     """A modular model of one body a cluster, all alike; layers are named ``<cluster>.<layer>``.
 
+    Its costs are those of all clusters together; a device uses one of them.
+
     Parameters
     ----------
     model : ModularModel
@@ -76,17 +77,11 @@ class ClusteredModel(ModularModel):
         ]
         bodies = Bodies(copy.deepcopy(model.body) for _ in range(CLUSTERS))
         super().__init__(bodies, model.selector, layers, model.example_input)
-        self.one = model
-
-    @property
-    def costs(self) -> CostTable:
-        """What the models of all clusters cost together; a device uses one of them."""
-        costs = self.one.costs
-        return replace(
-            costs,
-            shared=costs.shared * CLUSTERS,
-            per_module=_in_all_clusters(costs.per_module),
-            modules=_in_all_clusters(costs.modules),
+        self._costs = replace(
+            model.costs,
+            shared=model.costs.shared * CLUSTERS,
+            per_module=_in_all_clusters(model.costs.per_module),
+            modules=_in_all_clusters(model.costs.modules),
         )
 
 

@@ -33,6 +33,7 @@ from torch.utils.data import TensorDataset
 from eclm_flower import receive
 from eclm_flower.adaptation import DeviceProfile, Update
 from eclm_flower.modular import ModularModel, Selection
+from eclm_flower.modular.batch_norm import batch_sizes
 from strategies.local_training import Training, train
 from strategies.method import Method
 from strategies.nested import Nested
@@ -122,7 +123,7 @@ def _collect_statistics(model: nn.Module, x: Tensor, batch_size: int) -> None:
         layer.track_running_stats, layer.momentum = True, None
         layer.reset_running_stats()
     model.train()
-    for batch in torch.split(x, batch_size):
+    for batch in torch.split(x, batch_sizes(len(x), batch_size, model)):
         model(batch)
     for layer in layers:
         layer.track_running_stats = False

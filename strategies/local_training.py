@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from eclm_flower.modular.batch_norm import batch_sizes
+
 # Of methods in which a device trains on its own and never returns anything (paper section 6).
 ON_DEVICE_EPOCHS = 10
 
@@ -76,10 +78,11 @@ def train(
         loss = own_classes_only(y) if settings.masked_loss else F.cross_entropy
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=0.9)
     model.train()
+    sizes = batch_sizes(len(x), settings.batch_size, model)
     losses: list[tuple[Tensor, int]] = []
     for _ in range(settings.local_epochs if epochs is None else epochs):
         losses = []
-        for rows in torch.split(torch.randperm(len(x), generator=generator), settings.batch_size):
+        for rows in torch.split(torch.randperm(len(x), generator=generator), sizes):
             batch_loss = loss(model(x[rows]), y[rows])
             optimizer.zero_grad()
             batch_loss.backward()  # type: ignore[no-untyped-call]

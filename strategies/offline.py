@@ -3,7 +3,8 @@
 Equal preparation decides a comparison, so all kinds start from the same trained whole model and
 take the same number of further epochs on the same proxy data. In those epochs the cloud trains
 sub-models as the method will deploy them, with the same simulated devices, budgets and distillation
-(`eclm_flower.prototyping.train_as_deployed`); ECLM's delta modules get the last third of them:
+(`eclm_flower.prototyping.stages.train_as_deployed`); ECLM's delta modules get the last third of
+them:
 
 =============  ====================================================================================
 kind           sub-models trained in the cloud

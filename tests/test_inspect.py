@@ -52,6 +52,12 @@ def test_it_prints_layers_modules_costs_and_what_a_budget_buys(inspect):
     assert "all modules matter alike" in printed
 
 
+def test_a_model_that_reckons_with_tensors_while_it_is_built(inspect):
+    status, printed, _ = inspect("regnet_x_400mf")
+    assert not status
+    assert "regnet_x_400mf: 5,495,976 parameters, one input is 3x224x224" in printed
+
+
 def test_your_own_model_shape_and_budget(inspect, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
@@ -76,6 +82,11 @@ def test_your_own_model_shape_and_budget(inspect, tmp_path, monkeypatch):
         (["slim-resnet", "--classes", "0"], "Expected --classes of 1 or more, got 0"),
         (["resnet18", "--input-shape", "12"], "resnet18 does not take an input of 12"),
         (["vit_b_16", "--input-shape", "3x30x30"], "vit_b_16 at 30 pixels"),
+        (
+            ["vit_b_16", "--input-shape", "3x224"],
+            "vit_b_16 does not take an input of 3x224: not en",
+        ),
+        (["torch.nn:Identity"], "Found no block to cut"),
         (["mobilenet_v3_small"], "'features.1' .InvertedResidual. can't be cut exactly"),
         (["no_such_module:net"], "No model from 'no_such_module:net': No module named"),
     ],

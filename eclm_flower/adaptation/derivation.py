@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eclm_flower.adaptation.knapsack import best_counts, spending
+from eclm_flower.adaptation.knapsack import best_counts
 from eclm_flower.adaptation.profile import Budget, Importance
 from eclm_flower.errors import InfeasibleBudgetError
 from eclm_flower.modular.costs import RESOURCES, Cost, CostTable
@@ -83,8 +83,9 @@ def _derive_some(
         dtype=float,
     )
     limit = np.array([[getattr(budget, r) for budget in budgets] for r in RESOURCES], dtype=float)
-    least = spending(shared, price, np.ones((len(price), 1), dtype=np.int64))
-    payable = np.logical_and.reduce(least <= limit, axis=0).tolist()
+    least = costs.of(dict.fromkeys(costs.modules, (0,)))
+    floor = np.array([[getattr(least, resource)] for resource in RESOURCES], dtype=float)
+    payable = np.all(floor <= limit, axis=0).tolist()
 
     devices = [device for device, pays in enumerate(payable) if pays]
     most = max(costs.modules.values())
@@ -109,17 +110,9 @@ def _derive_some(
             end += number
     following = iter(selections)
     return [
-        next(following) if pays else _refusal(costs, budget)
+        next(following) if pays else _refusal(lacking(least, budget))
         for budget, pays in zip(budgets, payable, strict=True)
     ]
-
-
-def _refusal(costs: CostTable, budget: Budget) -> InfeasibleBudgetError:
-    try:
-        check_affordable(costs.of(dict.fromkeys(costs.modules, (0,))), budget)
-    except InfeasibleBudgetError as error:
-        return error
-    raise AssertionError("a refused budget pays for the least sub-model")
 
 
 def check_affordable(least: Cost, budget: Budget) -> None:
@@ -130,15 +123,23 @@ def check_affordable(least: Cost, budget: Budget) -> None:
     InfeasibleBudgetError
         It says what is missing of each resource.
     """
-    missing = {
+    if missing := lacking(least, budget):
+        raise _refusal(missing)
+
+
+def lacking(least: Cost, budget: Budget) -> dict[str, float]:
+    """Say how much of which resources a budget lacks for the least sub-model; empty: nothing."""
+    return {
         resource: getattr(least, resource) - getattr(budget, resource)
         for resource in RESOURCES
         if getattr(least, resource) > getattr(budget, resource)
     }
-    if missing:
-        lacks = ", ".join(f"{gap:,.0f} {_UNITS[name]} of {name}" for name, gap in missing.items())
-        raise InfeasibleBudgetError(
-            f"The budget is too small for the shared part and one module a layer: {lacks} are "
-            "missing. Raise the budget or cut the model into more, smaller modules.",
-            missing,
-        )
+
+
+def _refusal(missing: dict[str, float]) -> InfeasibleBudgetError:
+    lacks = ", ".join(f"{gap:,.0f} {_UNITS[name]} of {name}" for name, gap in missing.items())
+    return InfeasibleBudgetError(
+        f"The budget is too small for the shared part and one module a layer: {lacks} are "
+        "missing. Raise the budget or cut the model into more, smaller modules.",
+        missing,
+    )

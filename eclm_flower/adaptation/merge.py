@@ -134,7 +134,8 @@ def merge(
     Returns
     -------
     dict[str, Tensor]
-        The body's state after; tensors nobody touched are the same objects.
+        The body's state after. Integer buffers are the same objects; other tensors may be copies
+        even where nobody changed them.
     """
     layers = list(layers)
     if robust is not None or not isinstance(updates, Iterator):

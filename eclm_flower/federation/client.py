@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from eclm_flower.adaptation.derivation import derive
 from eclm_flower.adaptation.profile import Budget, DeviceProfile, Importance
 from eclm_flower.adaptation.resizing import is_shrunk
-from eclm_flower.errors import InfeasibleBudgetError, ReplyError, RequestError
+from eclm_flower.errors import InfeasibleBudgetError, ReplyError, RequestError, SelectionError
 from eclm_flower.federation.cache import ModuleCache, complete
 from eclm_flower.federation.differences import ErrorFeedback, Received, change_of, remember
 from eclm_flower.federation.messages import (
@@ -109,12 +109,13 @@ def receive(
     """
     arrays = msg.content.array_records[the_only(msg.content.array_records, "ArrayRecord")]
     config = msg.content.config_records[the_only(msg.content.config_records, "ConfigRecord")]
-    sub_model = model.sub_model(selection_of(msg))
-    body = body_of(sub_model)
-    parts = by_part(forms(body.state_dict()), model.layers.values())
-    if isinstance(sub_model, ModularModel):
-        parts[SELECTOR_PART] = forms(sub_model.selector.state_dict())
+    selection = selection_of(msg)
     try:
+        sub_model = model.sub_model(selection)
+        body = body_of(sub_model)
+        parts = by_part(forms(body.state_dict()), model.layers.values())
+        if isinstance(sub_model, ModularModel):
+            parts[SELECTOR_PART] = forms(sub_model.selector.state_dict())
         if f"{SENT}{SHARED}" not in config:
             tensors = unflattened(arrays, parts, dtype_from_config(config, DOWNLOAD))
         elif cache is None:
@@ -124,10 +125,10 @@ def receive(
             )
         else:
             tensors = complete(arrays, config, model, parts, cache)
-    except ReplyError as error:
+    except (ReplyError, SelectionError) as error:
         raise RequestError(
-            f"The message's arrays don't fit this device's model: {error} Build and modularise the "
-            "model alike in the cloud and on devices."
+            f"The message does not fit this device's model: {error} Build and modularise the model "
+            "alike in the cloud and on devices."
         ) from error
     body.load_state_dict({**tensors[SHARED_PART], **tensors[MODULES_PART]}, strict=False)
     if isinstance(sub_model, ModularModel):
@@ -138,7 +139,7 @@ def receive(
         received = Received(
             tensors=tensors,
             layers=layers,
-            selection=selection_of(msg),
+            selection=selection,
             dtype=upload,
             feedback=feedback,
         )

@@ -45,8 +45,6 @@ class Cost:
     def __mul__(self, factor: float) -> Cost:
         return Cost(**{f.name: getattr(self, f.name) * factor for f in fields(Cost)})
 
-    __rmul__ = __mul__
-
 
 @dataclass(frozen=True)
 class CostTable:

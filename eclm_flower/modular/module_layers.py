@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from torch import nn
 
@@ -70,7 +71,9 @@ def find_module_layers(
 def _tied(model: nn.Module) -> dict[str, str]:
     """Names of tensors that have another name, too, and that name."""
     by_tensor: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
+    for name, tensor in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
         by_tensor.setdefault(id(tensor), []).append(name)
     return {
         name: next(other for other in names if other != name)

@@ -111,10 +111,12 @@ class ProxyData:
         rows = list(range(len(self)))
         return self.batches([rows[i : i + batch_size] for i in range(0, len(rows), batch_size)])
 
-    def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-        """Yield all samples once, shuffled and augmented."""
-        order = torch.randperm(len(self), generator=generator).tolist()
-        rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    def shuffled(
+        self, sizes: Sequence[int], generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield all samples once, shuffled and augmented, in batches of given sizes."""
+        order = torch.randperm(len(self), generator=generator)
+        rows = [part.tolist() for part in torch.split(order, list(sizes))]
         for x, y, tasks in self.batches(rows):
             yield self.augmented(x, generator), y, tasks
 

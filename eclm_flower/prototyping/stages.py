@@ -20,6 +20,7 @@ from torch.func import functional_call
 from eclm_flower.adaptation.derivation import derive
 from eclm_flower.adaptation.profile import Budget
 from eclm_flower.errors import PrototypingError
+from eclm_flower.modular.batch_norm import batch_sizes
 from eclm_flower.modular.costs import CostTable
 from eclm_flower.modular.deltas import equal_mixture
 from eclm_flower.modular.model import ModularModel
@@ -86,12 +87,13 @@ def train_network(
     network: nn.Module, data: ProxyData, config: PrototypingConfig, generator: torch.Generator
 ) -> Stage:
     """Train a network as it is, in the mode it is in."""
-    steps = config.epochs * math.ceil(len(data) / config.batch_size)
+    sizes = batch_sizes(len(data), config.batch_size, network)
+    steps = config.epochs * len(sizes)
     descent = _Descent(network.parameters(), config, config.learning_rate, steps)
     for _ in range(config.epochs):
         losses = [
             descent.step(F.cross_entropy(network(x), y))
-            for x, y, _ in data.shuffled(config.batch_size, generator)
+            for x, y, _ in data.shuffled(sizes, generator)
         ]
         yield float(np.mean(losses))
 
@@ -101,12 +103,13 @@ def train_end_to_end(
 ) -> Stage:
     """Train modules and selector together: cross-entropy + lambda * load balance (section 4.2)."""
     model.train()
-    steps = config.epochs * math.ceil(len(data) / config.batch_size)
+    sizes = batch_sizes(len(data), config.batch_size, model)
+    steps = config.epochs * len(sizes)
     descent = _Descent(model.parameters(), config, config.learning_rate, steps)
     done = 0
     for _ in range(config.epochs):
         losses = []
-        for x, y, _ in data.shuffled(config.batch_size, generator):
+        for x, y, _ in data.shuffled(sizes, generator):
             noise = config.gate_noise * (1 - done / steps)
             clean = model.selector(x)
             noised = {name: noisy(logits, noise, generator) for name, logits in clean.items()}
@@ -130,11 +133,12 @@ def enhance_abilities(
 ) -> Stage:
     """Fine-tune modules and selector: cross-entropy + lambda * KL(P || g) (section 4.3)."""
     model.train()
-    steps = config.enhancing_epochs * math.ceil(len(data) / config.batch_size)
+    sizes = batch_sizes(len(data), config.batch_size, model)
+    steps = config.enhancing_epochs * len(sizes)
     descent = _Descent(model.parameters(), config, config.enhancing_learning_rate, steps)
     for _ in range(config.enhancing_epochs):
         losses = []
-        for x, y, tasks in data.shuffled(config.batch_size, generator):
+        for x, y, tasks in data.shuffled(sizes, generator):
             logits = model.selector(x)
             loss = F.cross_entropy(model.forward_gated(x, model.gates(logits)), y)
             loss = loss + config.kl_weight * _distance_to_targets(logits, targets, tasks)
@@ -154,9 +158,10 @@ def train_selector(
     Layers without targets stay as they are.
     """
     optimizer = torch.optim.Adam(model.selector.parameters(), lr=config.selector_learning_rate)
+    sizes = batch_sizes(len(data), config.batch_size, model.selector)
     for _ in range(config.selector_epochs):
         losses = []
-        for x, _, tasks in data.shuffled(config.batch_size, generator):
+        for x, _, tasks in data.shuffled(sizes, generator):
             loss = _distance_to_targets(model.selector(x), targets, tasks)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

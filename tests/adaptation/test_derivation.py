@@ -9,6 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from eclm_flower.adaptation import Budget, derive
+from eclm_flower.adaptation.derivation import lacking
 from eclm_flower.errors import InfeasibleBudgetError
 from eclm_flower.modular import RESOURCES, Cost, CostTable
 
@@ -191,6 +192,8 @@ def test_what_is_lacking_is_named_and_nothing_else():
         derive(importance, costs, budget)
     assert caught.value.missing == {"communication_bytes": 10, "memory_bytes": 63}
     assert "10 bytes of communication_bytes, 63 bytes of memory_bytes" in str(caught.value)
+    assert lacking(cost(111, 72, 63), budget) == caught.value.missing
+    assert not lacking(cost(101, 72, 0), budget)
 
 
 def test_the_least_feasible_budget_buys_one_module_a_layer():

@@ -64,16 +64,17 @@ def test_a_message_of_another_strategy_is_refused():
         receive(Message(content, dst_node_id=1, message_type="train"), build_model())
 
 
-def test_a_message_for_another_model_is_refused():
+@pytest.mark.parametrize("module", [0, 7])  # of 8, and the device's model has fewer
+def test_a_message_for_another_model_is_refused(module):
     torch.manual_seed(0)
     other = modularize(
         nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)),
-        modules_per_layer=4,
+        modules_per_layer=8,
         example_input=torch.zeros(1, 12),
         selector_share=1,
     )
     with pytest.raises(RequestError, match="alike in the cloud and on devices"):
-        receive(message(other, {"0": (0,)}), build_model())
+        receive(message(other, {"0": (module,)}), build_model())
 
 
 def test_the_profile_tells_number_and_budget_and_computes_importance_only_if_asked():

@@ -81,8 +81,9 @@ def test_numbers_out_of_range_are_refused(costs, wrong):
 
 
 @pytest.fixture
-def slow_server():
-    """Serve 10 MB at 1 MB/s."""
+def slow_server(request):
+    """Serve at 1 MB/s, or what the test asks for, for 10 s."""
+    rate = getattr(request, "param", 1_000_000)
 
     class Slow(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -90,7 +91,7 @@ def slow_server():
             self.end_headers()
             try:
                 for _ in range(100):
-                    self.wfile.write(bytes(100_000))
+                    self.wfile.write(bytes(rate // 10))
                     time.sleep(0.1)
             except ConnectionError:
                 pass  # the reader had enough
@@ -109,6 +110,19 @@ def test_the_rate_of_a_link_is_measured(slow_server):
     rate = link_rate(slow_server, seconds=1.0)
     assert time.monotonic() - start < 3  # not until the end of the 10 MB
     assert 0.3e6 < rate < 1.5e6
+
+
+@pytest.mark.parametrize("slow_server", [10_000], indirect=True)
+def test_the_rate_of_a_slow_link_takes_no_longer(slow_server):
+    start = time.monotonic()
+    rate = link_rate(slow_server, seconds=1.0)
+    assert time.monotonic() - start < 3
+    assert 3e3 < rate < 1.5e4
+
+
+def test_the_rate_of_a_file_is_measured(tmp_path):
+    (tmp_path / "some").write_bytes(bytes(200_000))
+    assert link_rate((tmp_path / "some").as_uri()) > 200_000
 
 
 def test_a_link_that_leads_nowhere_is_an_error():

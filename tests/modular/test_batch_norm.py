@@ -1,10 +1,12 @@
 import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
 from eclm_flower.modular import apply_policy, modularize
+from eclm_flower.modular.batch_norm import batch_sizes
 
 
 @pytest.fixture(name="model")
@@ -80,6 +82,21 @@ def test_frozen_state_can_be_saved_and_loaded(model, small_mlp):
     torch.testing.assert_close(model.eval()(x), frozen(x))
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
+def test_a_frozen_model_can_be_saved_whole(kind):
+    frozen = apply_policy(nn.Sequential(kind(4)), "frozen")
+    nn.init.normal_(frozen[0].weight)
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded[0]) is type(frozen[0])
+    assert isinstance(loaded[0], kind)
+    assert not loaded.train()[0].training
+    assert torch.equal(loaded[0].weight, frozen[0].weight)
+    assert repr(loaded) == repr(frozen)
+
+
 def test_freezing_twice_is_freezing_once(model):
     kind = type(apply_policy(model, "frozen")[1])
     assert type(apply_policy(model, "frozen")[1]) is kind
@@ -93,3 +110,28 @@ def test_other_models_are_not_frozen(model, small_mlp):
 def test_an_unknown_policy_is_refused(model):
     with pytest.raises(ValueError, match=r"'frozen', 'merged'.*got 'averaged'"):
         apply_policy(model, "averaged")
+
+
+@pytest.mark.parametrize(
+    ("samples", "sizes"),
+    [
+        (1, [1]),
+        (3, [3]),
+        (4, [4]),
+        (5, [5]),
+        (6, [4, 2]),
+        (8, [4, 4]),
+        (9, [4, 5]),
+        (11, [4, 4, 3]),
+    ],
+)
+def test_a_single_last_sample_joins_the_batch_before_it(model, samples, sizes):
+    assert batch_sizes(samples, 4, model.train()) == sizes
+
+
+@pytest.mark.parametrize("samples", range(1, 12))
+def test_without_batch_statistics_batches_are_as_everywhere(model, samples):
+    usual = [len(part) for part in torch.arange(samples).split(4)]
+    assert batch_sizes(samples, 4, nn.Linear(2, 2).train()) == usual
+    assert batch_sizes(samples, 4, apply_policy(model, "frozen").train()) == usual
+    assert batch_sizes(samples, 1, model) == [1] * samples

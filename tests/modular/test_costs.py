@@ -263,7 +263,7 @@ def test_the_table_prints_what_each_part_costs():
 
 def test_costs_add_and_scale():
     cost = Cost(communication_bytes=1, computation_flops=2, memory_bytes=3)
-    assert cost + cost * 2 == 3 * cost
+    assert cost + cost * 2 == cost * 3
     assert cost * 2 == Cost(communication_bytes=2, computation_flops=4, memory_bytes=6)
 
 

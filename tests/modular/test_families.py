@@ -13,7 +13,13 @@ from torchvision.models.swin_transformer import (
 
 from eclm_flower.errors import CoupledUnitsError, ModularizationError
 from eclm_flower.modular import Axis, modularize, split_between
-from eclm_flower.modular.families import _families, register, registered, splits_of
+from eclm_flower.modular.families import (
+    _families,
+    inverted_residual,
+    register,
+    registered,
+    splits_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The narrowest selector")
 
@@ -78,6 +84,30 @@ def test_linear_layers_of_an_mlp_are_cut_in_disjoint_pairs():
 def test_neurons_that_are_mixed_are_not_cut(between):
     assert pairs(nn.Linear(4, 8), between, nn.Linear(8, 4)) == []
     assert pairs(nn.Linear(4, 8), between, nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)) == ["4"]
+
+
+@pytest.mark.parametrize("mixes", [nn.LayerNorm(8), nn.Softmax(dim=1)])
+def test_a_layer_that_mixes_is_seen_wherever_it_is_used(mixes):
+    assert pairs(nn.Linear(8, 8), mixes, nn.Linear(8, 8), mixes, nn.Linear(8, 8)) == []
+    block = nn.Module()
+    dense = [nn.Conv2d(8, 8, 1) for _ in range(3)]
+    block.conv = nn.Sequential(nn.Sequential(dense[0], mixes, dense[1], mixes, dense[2]))
+    assert inverted_residual.split_v2(block) == []
+
+
+def test_a_layer_without_tensors_may_be_used_twice():
+    relu = nn.ReLU()
+    assert pairs(nn.Linear(8, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 8)) == ["2"]
+    assert pairs(nn.LayerNorm(8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 8)) == ["4"]
+
+
+@pytest.mark.parametrize(
+    "twice", [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False)]
+)
+def test_a_layer_with_tensors_that_is_used_twice_is_refused(twice):
+    body = nn.Sequential(nn.Linear(8, 8), twice, nn.ReLU(), nn.Linear(8, 8), twice, nn.Linear(8, 2))
+    with pytest.raises(CoupledUnitsError, match="are one tensor"):
+        modularize(body, example_input=torch.zeros(1, 8))
 
 
 def test_convolutions_are_cut_with_what_acts_on_each_channel_between_them():

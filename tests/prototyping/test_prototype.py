@@ -275,6 +275,16 @@ def test_gating_and_method_must_match(gating, method):
         run(build(gating), method=method)
 
 
+@pytest.mark.parametrize(("gating", "method"), [("uniform", "deployed"), ("selector", "paper")])
+def test_a_single_sample_at_the_end_is_no_matter_to_batch_norm(gating, method):
+    body = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    model = modularize(body, example_input=Digits.x[:1], selector_share=1, gating=gating)
+    data = TensorDataset(Digits.x[:129], Digits.y[:129])
+    config = PrototypingConfig(method=method, epochs=2, enhancing_epochs=2, selector_epochs=1)
+    report = prototype(model, data, sub_tasks=data.tensors[1], config=config, progress=False)
+    assert report.losses
+
+
 def test_training_that_diverges_is_an_error():
     with pytest.raises(PrototypingError, match="stage 'whole model' is not finite"):
         run(build(), learning_rate=1e30, epochs=2)

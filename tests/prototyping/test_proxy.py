@@ -35,7 +35,7 @@ def test_an_epoch_shows_every_sample_once_with_its_sub_task(shuffled):
     data = ProxyData(samples(), torch.tensor(TASKS))
     assert (len(data), data.num_sub_tasks) == (7, 3)
     generator = torch.Generator().manual_seed(0)
-    batches = list(data.shuffled(3, generator) if shuffled else data.in_order(3))
+    batches = list(data.shuffled([3, 3, 1], generator) if shuffled else data.in_order(3))
     assert [len(x) for x, _, _ in batches] == [3, 3, 1]
     x, y, tasks = map(torch.cat, zip(*batches, strict=True))
     assert (y.tolist() == list(range(7))) is not shuffled
@@ -46,7 +46,7 @@ def test_an_epoch_shows_every_sample_once_with_its_sub_task(shuffled):
 
 def test_only_training_batches_are_augmented():
     data = ProxyData(samples(), TASKS, augment=lambda x, _: x + 100)
-    assert all((x >= 100).all() for x, *_ in data.shuffled(3, torch.Generator()))
+    assert all((x >= 100).all() for x, *_ in data.shuffled([4, 3], torch.Generator()))
     assert all((x < 100).all() for x, *_ in data.in_order(3))
 
 

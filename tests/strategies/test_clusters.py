@@ -24,6 +24,17 @@ def test_a_device_takes_the_cluster_of_least_loss():
     assert torch.equal(bodies(x), bodies[1](x))
 
 
+def test_the_state_is_the_clusters_bodies_and_one_selector():
+    model = build_model()
+    clustered = clusters.ClusteredModel(model)
+    bodies = {
+        f"body.{c}.{key}" for c in range(clusters.CLUSTERS) for key in model.body.state_dict()
+    }
+    selector = {f"selector.{key}" for key in model.selector.state_dict()}
+    assert clustered.state_dict().keys() == bodies | selector
+    assert clustered.costs.whole == model.costs.whole * clusters.CLUSTERS
+
+
 def test_while_models_are_equal_devices_spread_over_them():
     bodies = clusters.ClusteredModel(build_model()).body
     chosen = set()

@@ -6,7 +6,8 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from unequal_federation import CLASSES, app_for, build_model, local_data, received, run
+from torch.utils.data import TensorDataset
+from unequal_federation import CLASSES, Settings, app_for, build_model, local_data, received, run
 
 from eclm_flower import modularize
 from eclm_flower.adaptation import Update
@@ -99,6 +100,16 @@ def test_statistics_of_the_trained_model_are_collected_and_merged():
     weights = np.array([20 + 4 * device for device in range(5)])
     expected = np.average([mean[:2].numpy() for mean in means], axis=0, weights=weights)
     np.testing.assert_allclose(got[:2], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_sample_at_the_end_joins_the_batch_before_it():
+    x, y = local_data(4).tensors  # 36
+    settings = Settings(batch_size=5)
+    module = received(METHOD)[4]
+    counted = []
+    module[1].register_forward_pre_hook(lambda _, inputs: counted.append(len(inputs[0])))
+    METHOD.adapt(module, TensorDataset(x, y), settings, torch.Generator().manual_seed(0))
+    assert counted == 2 * [5, 5, 5, 5, 5, 5, 6]  # training, and then the statistics
 
 
 def test_masked_cross_entropy_gives_no_gradient_to_absent_classes():

@@ -17,7 +17,7 @@ from torchvision.ops import SqueezeExcitation
 
 from eclm_flower.errors import CoupledUnitsError
 from eclm_flower.modular.families import register
-from eclm_flower.modular.families.sequential import split_pairs
+from eclm_flower.modular.families.sequential import in_a_row, split_pairs
 from eclm_flower.modular.split import Split
 
 
@@ -40,7 +40,7 @@ def split_regnet(block: regnet.ResBottleneckBlock) -> list[Split]:
 
 
 def _split(block: nn.Module, path: str) -> list[Split]:
-    layers = list(_in_a_row(path, block.get_submodule(path)))
+    layers = list(_flattened(path, block.get_submodule(path)))
     for name, layer in layers:
         if isinstance(layer, SqueezeExcitation):
             raise CoupledUnitsError(
@@ -50,10 +50,10 @@ def _split(block: nn.Module, path: str) -> list[Split]:
     return split_pairs(block, layers)
 
 
-def _in_a_row(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _flattened(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and layer of all that a nest of `nn.Sequential` runs one after another."""
     if isinstance(layer, nn.Sequential):
-        for child_name, child in layer.named_children():
-            yield from _in_a_row(f"{name}.{child_name}", child)
+        for child_name, child in in_a_row(layer):
+            yield from _flattened(f"{name}.{child_name}", child)
     else:
         yield name, layer

@@ -9,7 +9,7 @@ has one module layer, as in the paper (section 6, HAR).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torchvision.models.vision_transformer import MLPBlock
@@ -48,7 +48,12 @@ _PER_UNIT = (
 @register(nn.Sequential, MLP, MLPBlock)
 def split_sequential(block: nn.Sequential) -> list[Split]:
     """Split the hidden units between each disjoint pair of linear layers or convolutions."""
-    return split_pairs(block, block.named_children())
+    return split_pairs(block, in_a_row(block))
+
+
+def in_a_row(block: nn.Sequential) -> Iterator[tuple[str, nn.Module]]:
+    """Name and layer of every step; `named_children` leaves out later uses of the same layer."""
+    return zip(block._modules, block, strict=True)
 
 
 def split_pairs(block: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> list[Split]:
