@@ -12,7 +12,6 @@ specialising can give.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -21,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy import stats
 from torch import nn
 
 from eclm_flower import PrototypingConfig, prototype
@@ -35,6 +33,7 @@ from simulations.offline import config_of
 from simulations.proxy_parts import ProxyPart, split_proxy, sub_tasks_of_devices
 from simulations.results import make_out_dir
 from simulations.settings import Settings
+from simulations.statistics import half_width
 from simulations.world import World
 from strategies.offline import prepare
 from strategies.windows import numbers_within, window
@@ -190,11 +189,8 @@ def gain_of(before: pd.Series[float], after: pd.Series[float]) -> tuple[float, f
 
     Of less than two devices the half-width is infinite.
     """
-    gain = (after - before).to_numpy() * 100
-    if len(gain) < 2:
-        return float(gain.mean()), math.inf
-    quantile = stats.t.ppf(0.975, len(gain) - 1)
-    return float(gain.mean()), float(quantile * gain.std(ddof=1) / math.sqrt(len(gain)))
+    gain = (after - before) * 100
+    return float(gain.mean()), half_width(gain)
 
 
 def best_degree(frame: pd.DataFrame) -> pd.DataFrame:

@@ -111,9 +111,10 @@ class _Task:
         state = None
         if not msg.content.array_records:
             msg, state = opened(self.folder, msg)
-        cache = self.cache(stores=stores)
+        # What is held came earlier: the cache may be newer by now, and stays as it is.
+        cache = self.cache(stores=stores and state is None)
         options: dict[str, object] = {}
-        if cache is not None and state is None:
+        if cache is not None:
             options["cache"] = cache
         if self.method.feedback:
             options["feedback"] = ErrorFeedback(self.folder / "lost")

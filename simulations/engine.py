@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 
 import psutil
 from flwr.app import Context
@@ -79,7 +81,13 @@ def run(settings: Settings, engine: Engine, *, verbose: bool = False) -> None:
     finally:
         # Ray's workers outlive its shutdown by seconds; nobody should find them.
         started.update(me.children(recursive=True))
-        _, late = psutil.wait_procs(started - before, timeout=_SHUTDOWN_SECONDS)
-        for process in late:
-            process.kill()
+        _end(started - before)
         shutil.rmtree(ray_files, ignore_errors=True)
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Wait for processes to end, and kill those that don't."""
+    _, late = psutil.wait_procs(processes, timeout=_SHUTDOWN_SECONDS)
+    for process in late:
+        with suppress(psutil.NoSuchProcess):  # it ended after all
+            process.kill()

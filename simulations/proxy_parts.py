@@ -70,8 +70,8 @@ def sub_tasks_of_devices(world: World) -> list[tuple[int, ...]]:
     environment, devices = world.environment, range(world.settings.devices)
     if world.settings.feature_shift == "known":
         return [(environment.view_of(device) or 0,) for device in devices]
-    labels, of_labels = torch.unique(environment.proxy().tensors[1], return_inverse=True)
-    if torch.equal(environment.proxy_sub_tasks, of_labels):
+    if environment.sub_tasks_are_classes:
+        labels = torch.unique(environment.proxy().tensors[1])
         held = [torch.tensor(world.data(device, 0).classes) for device in devices]
         return [tuple(torch.isin(labels, own).nonzero().flatten().tolist()) for own in held]
     number = int(environment.proxy_sub_tasks.max()) + 1

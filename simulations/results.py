@@ -135,16 +135,14 @@ class Record:
         Raises
         ------
         SettingsError
-            The folder can't be written, or holds the run of other settings.
+            The folder can't be written, or holds the run of other settings, or what may be the
+            user's own.
         """
         out = settings.out_dir
         make_out_dir(settings)
         if settings.resume and (out / NOTES).exists():
             return cls._resumed(settings, engine)
-        for name in (ROWS, NOTES, PICTURE, SUMMARY):  # nothing old may look like this run's
-            (out / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
-            shutil.rmtree(out / name, ignore_errors=True)
+        _clear(settings)
         record = cls(settings=settings, engine=engine)
         record.save()
         return record
@@ -217,6 +215,30 @@ def make_out_dir(settings: Settings) -> None:
         settings.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"Can't write to --out {settings.out}: {error.strerror}.") from error
+
+
+def _clear(settings: Settings) -> None:
+    """Remove what an earlier run left: nothing old may look like this run's.
+
+    Raises
+    ------
+    SettingsError
+        There are folders of a run's names, and no run that they could be of.
+    """
+    out = settings.out_dir
+    folders = [folder for name in _FOLDERS if (folder := out / name).exists()]
+    if settings.offline_dir:  # the prepared models to use may be those of the earlier run
+        used = Path(settings.offline_dir).resolve()
+        folders = [folder for folder in folders if not used.is_relative_to(folder.resolve())]
+    if folders and not (out / NOTES).exists():
+        raise SettingsError(
+            f"Expected --out as a new folder or that of a run, got {out} with a folder "
+            f"{folders[0].name} and no {NOTES}; use another --out, or move {folders[0].name} away."
+        )
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in (ROWS, PICTURE, SUMMARY, NOTES):  # notes last: they tell whose the others are
+        (out / name).unlink(missing_ok=True)
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -45,6 +45,13 @@ _LEAST = {
     "enhancing_epochs": 0,
     "evaluated": 0,
 }
+_KINDS = {  # of a default -> what to write there
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list",
+}
 _CLOUD_ONLY = (
     "strategies",
     "rates",
@@ -200,16 +207,19 @@ class Settings:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            fine = isinstance(value, int | float if kind is float else kind)
+            fine = fine and isinstance(value, bool) == (kind is bool)  # which Python calls an int
+            _expect(fine, f"{option(field.name)} as {_KINDS[kind]}", repr(value))
+            if kind is int:
+                least = _LEAST.get(field.name, 1)
+                _expect(value >= least, f"{option(field.name)} of at least {least}", value)
         _expect(
             self.dataset in DATASETS or self.dataset.endswith(".npz"),
             f"a data set from {', '.join(DATASETS)}, or the path of a .npz",
             f"'{self.dataset}'",
         )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int):
-                least = _LEAST.get(field.name, 0 if isinstance(value, bool) else 1)
-                _expect(value >= least, f"{option(field.name)} of at least {least}", value)
         _expect(
             self.per_round <= self.devices,
             f"--per-round of at most the {self.devices} devices",

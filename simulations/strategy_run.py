@@ -88,14 +88,16 @@ class StrategyRun:
         self._config = run_config(settings, world.seed, method.name)
         # The strategy sends this very record with its queries: what changes here, changes there.
         self._query_config = run_config(settings, world.seed, method.name)
+        evaluated = settings.evaluated or settings.devices
         self._strategy = method.strategy(
             model,
             seed=world.seed,
             query_config=self._query_config,
             fraction_train=settings.per_round / settings.devices,
+            fraction_evaluate=evaluated / settings.devices,
             min_train_nodes=settings.per_round,
+            min_evaluate_nodes=evaluated,
             min_available_nodes=settings.devices,
-            **self._sampling(),
         )
         if settings.evaluated:
             self._strategy.roster = SteadyRoster(world.seed, self._query_config)  # type: ignore[attr-defined]
@@ -124,20 +126,12 @@ class StrategyRun:
                     of_step = settings.rounds if last else number
                     self._set_time(step, of_step)
                     if number > 0:
-                        self._round(step, of_step)
+                        self._round(step)
                     if last or number % settings.evaluate_every == 0:
                         self._evaluate(step, of_step, delivery=last)
                         progress.update(bar, description=self._described())
                     progress.advance(bar, int(number > 0 or rounds == 0))
         return self._rows
-
-    def _sampling(self) -> dict[str, float | int]:
-        """Parameters of Flower's `FedAvg` that say how many devices are evaluated."""
-        evaluated = self._settings.evaluated
-        if not evaluated:
-            return {}
-        fraction = evaluated / self._settings.devices
-        return {"fraction_evaluate": fraction, "min_evaluate_nodes": evaluated}
 
     def _set_time(self, step: int, of_step: int) -> None:
         self._moment = step * (self._settings.rounds + 1) + of_step
@@ -152,7 +146,7 @@ class StrategyRun:
 
     # Rounds
 
-    def _round(self, step: int, of_step: int) -> None:
+    def _round(self, step: int) -> None:
         """Let some devices train, merge what returns, and let the clock tick."""
         self._grid.fate = self._fate
         self._purpose(local=True, keeps=False, delivery=True)

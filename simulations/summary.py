@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simulations.statistics import worst_tenth
+
 REFERENCE = "fedavg"  #: its best accuracy is the target of the others
 
 
@@ -25,6 +27,22 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
     spent = grouped[["bytes_down", "bytes_up"]].sum().sum(axis=1)
     result["bytes"] = spent.groupby(level=["strategy", "seed"]).cumsum()
     return result.reset_index()
+
+
+def first_reaching(course: pd.DataFrame, accuracy: str, target: float) -> pd.Series[float] | None:
+    """Return the first row, by round, in which an accuracy reaches a target; None: it never does.
+
+    Parameters
+    ----------
+    course : DataFrame
+        Of one strategy, and one seed or a mean over seeds.
+    accuracy : str
+        Its column.
+    target : float
+        nan is never reached.
+    """
+    there = course[course[accuracy] >= target].sort_values("round", kind="stable")
+    return there.iloc[0] if len(there) else None
 
 
 def summarise(
@@ -60,7 +78,8 @@ def summarise(
         ends = own[own["round"] == own.groupby(["seed", "step"])["round"].transform("max")]
         end = ends[ends["step"] == ends["step"].max()]
         seeds = own["seed"].nunique()
-        own_course = course[course["strategy"] == strategy]
+        reaching = first_reaching(course[course["strategy"] == strategy], "accuracy_before", target)
+        by_device = end.set_index(["seed", "device"])
         summary[str(strategy)] = {
             **{
                 name: float(end[name].mean())
@@ -68,17 +87,17 @@ def summarise(
             },
             "ci95": _half_width(end["accuracy_before"]),
             "ci95_after": _half_width(end["accuracy_after"]),
-            "worst_decile": _worst_decile(end, "accuracy_before"),
-            "worst_decile_after": _worst_decile(end, "accuracy_after"),
+            "worst_decile": worst_tenth(by_device["accuracy_before"]),
+            "worst_decile_after": worst_tenth(by_device["accuracy_after"]),
             "accuracy_global": _number(end["accuracy_global"].mean()),
             "mean_over_steps": float(ends["accuracy_after"].mean()),
             **_recovery(own, ends, shift_every),
             "bytes_down": float(own["bytes_down"].sum() / seeds),
             "bytes_up": float(own["bytes_up"].sum() / seeds),
             "bytes_delivered": float(own["bytes_delivered"].sum() / seeds),
-            "bytes_to_target": _until(target, own_course, "bytes"),
+            "bytes_to_target": None if reaching is None else float(reaching["bytes"]),
             "clock": float(end["clock"].mean()),
-            "clock_to_target": _until(target, own_course, "clock"),
+            "clock_to_target": None if reaching is None else float(reaching["clock"]),
             "adaptation_seconds": float(end["seconds"].mean()),
             "memory": float(end["memory"].mean()),
             "wall_seconds": (wall_seconds or {}).get(str(strategy)),
@@ -96,16 +115,6 @@ def _recovery(own: pd.DataFrame, ends: pd.DataFrame, shift_every: int) -> dict[s
     }
 
 
-def _worst_decile(end: pd.DataFrame, column: str) -> float:
-    """Mean over seeds of the mean over the worst tenth of the devices, at least one."""
-
-    def worst(values: pd.Series[float]) -> float:
-        values = values.dropna()  # of devices that are not evaluated
-        return float(values.nsmallest(max(1, len(values) // 10)).mean())
-
-    return float(np.mean([worst(group) for _, group in end.groupby("seed")[column]]))
-
-
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
@@ -114,9 +123,3 @@ def _half_width(values: pd.Series[float]) -> float:
     """Half-width of the 95 % confidence interval of a mean, by the normal approximation."""
     values = values.dropna()
     return float(1.96 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _until(target: float, course: pd.DataFrame, column: str) -> float | None:
-    """Return what was spent, mean over seeds, until their mean first reaches the target."""
-    reached = course[course["accuracy_before"] >= target]
-    return None if reached.empty else float(reached[column].iloc[0])

@@ -162,7 +162,8 @@ class Environment:
     @property
     def sub_tasks_are_classes(self) -> bool:
         """Whether a sample's label is its sub-task, so that devices need not guess theirs."""
-        return np.array_equal(self.proxy_sub_tasks, self._labels.train[self.proxy_rows])
+        labels = self._labels.train[self.proxy_rows]  # sub-tasks are numbered without gaps
+        return np.array_equal(self.proxy_sub_tasks, np.unique(labels, return_inverse=True)[1])
 
     def proxy(self) -> TensorDataset:
         """Decode the cloud's labelled samples ``(x, y)``, anew in every call: keep the result."""
@@ -237,14 +238,14 @@ class Environment:
         rng = self._generator(f"data of device {number} in phase {phase}")
         weights = np.bincount(labels[held], minlength=self.num_classes) / len(held)
         if self._surroundings is not None:
-            return redraw(held, labels, pool, share, weights, rng)
+            return redraw(held, pool, share, weights, rng)
         if self._m is not None:
             return move_classes(held, labels, pool, share, rng)
         if self._alpha is not None:
             weights = rng.dirichlet(np.full(self.num_classes, self._alpha))
         elif self._division.own_tests is not None:
             weights = rng.dirichlet(np.ones(self.num_classes))
-        return redraw(held, labels, pool, share, weights, rng)
+        return redraw(held, pool, share, weights, rng)
 
     def _cut(self, number: int, rows: Rows, size: int, least: int) -> Rows:
         """Keep ``size`` of a device's rows in the proportion of its classes, ``least`` of each."""

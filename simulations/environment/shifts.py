@@ -58,7 +58,6 @@ def move_classes(
 
 def redraw(
     held: Rows,
-    labels: Rows,
     pool: Pool,
     share: float,
     weights: NDArray[np.float64],

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from simulations.statistics import difference, of_strategy, worst_tenth
 from simulations.tables.blocks import Block, bold, number, percent, points
 from simulations.tables.rows import Rows
-from simulations.tables.statistics import difference, of_strategy, worst_tenth
 from strategies import METHODS
 
 

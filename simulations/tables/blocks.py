@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich import box
 from rich.table import Table
 
-from simulations.tables.statistics import Estimate
+from simulations.statistics import Estimate
 
 NOTHING = "–"  # noqa: RUF001 - an empty cell
 

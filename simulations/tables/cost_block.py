@@ -6,10 +6,11 @@ import math
 
 import pandas as pd
 
+from simulations.statistics import of_strategy
+from simulations.summary import REFERENCE
 from simulations.tables.blocks import NOTHING, Block, number, percent, ratio
-from simulations.tables.reaching import REFERENCE, Reached, reached
+from simulations.tables.reaching import Reached, reached
 from simulations.tables.rows import Rows
-from simulations.tables.statistics import of_strategy
 from strategies import METHODS
 
 WHOLE = "local-adaptation"  #: what a device's adaptation is measured against

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from simulations.statistics import difference, of_strategy
 from simulations.tables.blocks import NOTHING, Block, percent, points
 from simulations.tables.definition import TableDefinition
 from simulations.tables.rows import Rows
-from simulations.tables.statistics import difference, of_strategy
 
 
 def difference_block(table: TableDefinition, rows: Mapping[str, Rows]) -> Block:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from simulations.settings import SettingsError
+from simulations.statistics import difference, of_strategy
 from simulations.tables.blocks import Block, percent, points
 from simulations.tables.rows import Rows
-from simulations.tables.statistics import difference, of_strategy
 
 PAPER = Path(__file__).parent / "paper" / "table-1.toml"
 

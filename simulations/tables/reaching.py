@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-REFERENCE = "fedavg"
+from simulations.summary import REFERENCE, first_reaching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,12 @@ def reached(course: pd.DataFrame, strategy: str, *, accuracy: str, spent: str) -
     amounts, ratios, at_start = [], [], 0
     for seed in seeds:
         target = reference.loc[reference["seed"] == seed, accuracy].max()
-        mine = _until(own[own["seed"] == seed], target, accuracy)
+        mine = first_reaching(own[own["seed"] == seed], accuracy, target)
         if mine is None:
             continue
         amounts.append(float(mine[spent]))
         at_start += int(mine["round"] == 0)
-        theirs = _until(reference[reference["seed"] == seed], target, accuracy)
+        theirs = first_reaching(reference[reference["seed"] == seed], accuracy, target)
         if theirs is not None and theirs["round"] > 0 and amounts[-1] > 0:
             ratios.append(math.log(theirs[spent] / amounts[-1]))
     return Reached(
@@ -66,11 +66,6 @@ def reached(course: pd.DataFrame, strategy: str, *, accuracy: str, spent: str) -
         reached=len(amounts),
         at_start=at_start,
     )
-
-
-def _until(course: pd.DataFrame, target: float, accuracy: str) -> pd.Series[float] | None:
-    there = course[course[accuracy] >= target].sort_values("round")
-    return there.iloc[0] if len(there) else None
 
 
 def _mean(values: list[float]) -> float:

@@ -32,7 +32,7 @@ _DIGITS = 4
 
 
 def ends(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each strategy, seed and device.
+    """Return a row for each strategy, seed and evaluated device.
 
     Parameters
     ----------
@@ -47,6 +47,7 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
         right after a shift.
     """
     keys = ["strategy", "seed", "device"]
+    frame = frame[frame["accuracy_before"].notna()]  # the others have bytes alone
     last = frame.groupby(["strategy", "seed", "step"])["round"].transform("max")
     result = frame[frame["round"] == last].groupby(keys)[list(_ENDS)].mean().rename(columns=_ENDS)
     result["memory"] = result["memory"].round()

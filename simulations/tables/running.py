@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from simulations.held import devices_folder
 from simulations.results import NOTES, ROWS, read, to_frame
 from simulations.settings import Settings, SettingsError, option
 from simulations.tables.definition import TableDefinition, TableRow
@@ -99,6 +101,7 @@ class TableRun:
             if redo:
                 write_rows(rows, table.results, row.name)
                 for part in self.parts(row):
+                    shutil.rmtree(devices_folder(part.folder), ignore_errors=True)
                     for file in (ROWS, NOTES):
                         (part.folder / file).unlink(missing_ok=True)
 
@@ -147,23 +150,14 @@ class TableRun:
 
     def _run(self, part: Part) -> str:
         """Run a part; returns why it failed, or nothing."""
-        if self._stopped:
-            return ""
         name = f"{part.row.name}, seed {part.seed}"
-        part.folder.mkdir(parents=True, exist_ok=True)
-        write_options(part.settings, part.folder)
-        command = self._command(part)
-        (part.folder / COMMAND).write_text(f"{shlex.join(command)}\n")
         start = time.perf_counter()
-        with open(part.folder / LOG, "wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            )
+        with self._lock:  # or one that starts while all are stopped would go on
+            if self._stopped:
+                return ""
+            process = self._started(part)
             self._processes.add(process)
-            code = process.wait()
+        code = process.wait()
         self._gather(part, wall_seconds=time.perf_counter() - start)
         if self._stopped:
             return ""
@@ -172,6 +166,20 @@ class TableRun:
             return "\n".join([f"{name}: no results of {', '.join(missing)} ({code}).", *lines])
         self._console.print(f"{name}: {time.perf_counter() - start:.0f} s.")
         return ""
+
+    def _started(self, part: Part) -> subprocess.Popen[bytes]:
+        """Start a part's process."""
+        part.folder.mkdir(parents=True, exist_ok=True)
+        write_options(part.settings, part.folder)
+        command = self._command(part)
+        (part.folder / COMMAND).write_text(f"{shlex.join(command)}\n")
+        with open(part.folder / LOG, "wb") as log:
+            return subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            )
 
     def _command(self, part: Part) -> list[str]:
         return [
@@ -212,10 +220,11 @@ class TableRun:
                 write_rows(rows, self._table.results, part.row.name)
 
     def _stop(self) -> None:
-        self._stopped = True
-        for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                if process.poll() is None:
+                    process.terminate()
 
 
 def write_options(settings: Settings, folder: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from simulations.statistics import difference, of_strategy, worst_tenth
 from simulations.tables.accuracy_block import best_rival
 from simulations.tables.blocks import NOTHING, Block, percent, points
 from simulations.tables.definition import TableDefinition
 from simulations.tables.rows import Rows
-from simulations.tables.statistics import difference, of_strategy, worst_tenth
 
 _MEASURES = {"sent": "sent", "adapted": "adapted", "masked": "masked", "held": "after shift"}
 _NOTE = (

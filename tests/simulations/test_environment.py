@@ -164,6 +164,16 @@ def test_sub_tasks_are_labels_under_label_skew():
     assert torch.equal(environment.proxy_sub_tasks, y)
 
 
+def test_sub_tasks_are_classes_where_the_cloud_lacks_the_first_class():
+    lacking = people([[0, 40, 40]])
+    skewed = Environment(lacking, devices=2, classes_per_device=1, seed=0)
+    assert skewed.proxy_sub_tasks.unique().tolist() == [0, 1]
+    assert skewed.proxy().tensors[1].unique().tolist() == [1, 2]
+    assert skewed.sub_tasks_are_classes
+    own = Environment(people([[0, 40, 40]] * 2), devices=2, classes_per_device=None, seed=0)
+    assert not own.sub_tasks_are_classes
+
+
 def test_sub_tasks_are_labels_when_there_are_too_many_people():
     few = Environment(people([[12, 12]] * 64), devices=64, classes_per_device=None, seed=0)
     many = Environment(people([[12, 12]] * 65), devices=65, classes_per_device=None, seed=0)

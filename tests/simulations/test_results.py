@@ -174,6 +174,32 @@ def test_a_record_goes_on_where_it_stopped(tmp_path: Path):
     assert again.wall_seconds == {"fedavg": 1.0, "eclm": 2.0}
 
 
+@pytest.mark.parametrize("name", ["devices", "offline"])
+def test_a_folder_that_is_of_no_run_is_refused_and_left_alone(tmp_path: Path, name: str):
+    own = tmp_path / name / "own.txt"
+    own.parent.mkdir()
+    own.write_text("kept")
+    for resume in (False, True):
+        with pytest.raises(SettingsError, match=rf"a folder {name} and no run.json; use another"):
+            Record.begin(Settings(out=str(tmp_path), resume=resume), "ray")
+    assert own.read_text() == "kept"
+    assert not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.parametrize("inner", [".", "shared"])
+def test_models_that_are_to_be_used_are_not_taken_for_old_ones(tmp_path: Path, inner: str):
+    own, named = Settings(out=str(tmp_path)), tmp_path / "offline" / inner
+    named.mkdir(parents=True)
+    (named / "model").touch()
+    (tmp_path / "link").symlink_to(named)
+    for _ in ("without a run", "of the earlier run"):
+        for folder in (named, tmp_path / "link"):
+            Record.begin(replace(own, offline_dir=str(folder)), "ray")
+            assert (named / "model").exists()
+    Record.begin(own, "ray")
+    assert not named.exists()
+
+
 def test_a_record_of_other_settings_is_refused_and_left_alone(tmp_path: Path):
     settings = Settings(out=str(tmp_path))
     Record.begin(settings, "ray").add("fedavg", 0, ROWS[:6], 1.0)

@@ -85,6 +85,11 @@ def test_run_config_has_dashes_and_comma_separated_lists():
         Settings.from_run_config({"per_rund": 2})
 
 
+def test_a_whole_number_is_a_number():
+    settings = Settings(dropout=0, alpha=0, shift=1)  # as a preset may say
+    assert settings == Settings(dropout=0.0, alpha=0.0, shift=1.0)
+
+
 def test_paths_become_absolute_for_devices_that_run_elsewhere():
     settings = Settings.suited(dataset="a.npz", data_dir="data", out="results")
     assert all(
@@ -120,6 +125,15 @@ def test_paths_become_absolute_for_devices_that_run_elsewhere():
         ({"judged_on": "train"}, "--judged-on from test, validation"),
         ({"strength": 6}, "--strength of 1 to 5"),
         ({"views": "noise"}, "--feature-shift known or new with --views"),
+        ({"devices": "ten"}, "--devices as a whole number, got 'ten'"),
+        ({"rounds": 1.5}, "--rounds as a whole number, got 1.5"),
+        ({"rounds": True}, "--rounds as a whole number, got True"),
+        ({"learning_rate": "0.01"}, "--learning-rate as a number, got '0.01'"),
+        ({"alpha": True}, "--alpha as a number, got True"),
+        ({"guard": 1}, "--guard as true or false, got 1"),
+        ({"guard": "no"}, "--guard as true or false, got 'no'"),
+        ({"dataset": 5}, "--dataset as text, got 5"),
+        ({"seeds": 0.5}, "--seeds as a list, got 0.5"),
     ],
 )
 def test_bad_options_are_refused_with_a_sentence(options, sentence):

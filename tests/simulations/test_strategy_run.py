@@ -163,6 +163,22 @@ def test_a_module_cache_saves_bytes_and_changes_no_accuracy(tmp_path, options, s
     assert down[1] < share * down[0]
 
 
+@pytest.mark.parametrize(
+    "options", [{"strategies": "eclm", "variant": "no-cloud"}, {"strategies": "adaptivenet"}]
+)
+def test_devices_with_a_module_cache_can_keep_their_models(tmp_path, options):
+    without = run_tiny(tmp_path / "without", steps=2, rounds=1, **options)
+    cached = run_tiny(tmp_path / "with", steps=2, rounds=1, module_cache=True, **options)
+    assert {row["step"] for row in cached} == {"0", "1"}
+    for name in ("accuracy_before", "accuracy_after", "accuracy_held", "modules"):
+        assert np.array_equal(column(cached, name), column(without, name), equal_nan=True)
+
+
+def test_one_device_is_a_fleet(tmp_path):
+    rows = run_tiny(tmp_path, devices=1, per_round=1, rounds=1, strategies="all")
+    assert {row["strategy"] for row in rows} == set(METHODS)
+
+
 @pytest.mark.parametrize("feature_shift", ["known", "new"])
 def test_feature_shift_runs(tmp_path, feature_shift):
     options = {"feature_shift": feature_shift, "strategies": "eclm", "rounds": 1, "steps": 2}

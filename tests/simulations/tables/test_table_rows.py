@@ -52,6 +52,18 @@ def test_ends_are_means_over_the_ends_of_steps():
     assert one["held"] == 0.25
 
 
+def test_who_is_not_evaluated_has_no_end_and_costs_bytes():
+    run = frame()
+    told = [name for name, kind in Row.__annotations__.items() if kind == "float"]
+    told.remove("clock")
+    sample = run.assign(**{name: run[name].where(run["device"] < 2) for name in told})
+    made = ends(sample)
+    assert set(made["device"]) == {0, 1}
+    whole = ends(run)
+    pd.testing.assert_frame_equal(made, whole[whole["device"] < 2].reset_index(drop=True))
+    assert course(sample)["bytes"].equals(course(run)["bytes"])
+
+
 def test_a_course_has_every_round_of_the_first_step_and_the_ends_of_others():
     made = course(frame())
     own = made[(made["strategy"] == "eclm") & (made["seed"] == 1)]

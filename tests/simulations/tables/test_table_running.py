@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -85,7 +86,10 @@ def test_parts_run_once_and_share_what_the_cloud_prepared(tmp_path: Path, capsys
     table = read_table(own_table(tmp_path, OWN + untuned + other))
     TableRun(table, tmp_path / "runs", QUIET, redo=["eclm"], only=["other"])
     assert (tmp_path / "own" / "small.csv").read_bytes() == first
+    devices = next((tmp_path / "runs" / "own" / "small").iterdir()) / "devices"
+    devices.mkdir()  # of an interrupted run
     table_run = TableRun(table, tmp_path / "runs", QUIET, redo=["eclm"])
+    assert not devices.exists()
     parts = table_run.parts(table.rows[0])
     assert [table_run.missing(part) for part in parts] == [["eclm"], ["eclm"]]
     assert set(pd.read_csv(tmp_path / "own" / "small.csv")["strategy"]) == {"nested"}
@@ -235,6 +239,26 @@ def test_who_stops_a_table_is_told_how_to_go_on_and_no_process_is_left(
         command_line.main()
     assert len(processes) == 1
     assert processes[0].wait(timeout=20) != 0
+
+
+def test_a_process_that_starts_while_all_are_stopped_is_stopped_too(tmp_path: Path, monkeypatch):
+    popen = subprocess.Popen
+    table = read_table(own_table(tmp_path))
+    table_run = TableRun(table, tmp_path / "runs", QUIET)
+    stop = threading.Thread(target=table_run._stop)
+
+    def stopped_meanwhile(command: list[str], **options: object) -> subprocess.Popen:
+        stop.start()
+        stop.join(timeout=0.5)
+        return popen([sys.executable, "-c", "import time; time.sleep(20)"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", stopped_meanwhile)
+    first, second = table_run.parts(table.rows[0])
+    start = time.perf_counter()
+    assert table_run._run(first) == ""
+    assert time.perf_counter() - start < 10
+    assert table_run._run(second) == ""  # and none is started any more
+    assert not second.folder.exists()
 
 
 def test_only_the_rows_asked_for_are_run(tmp_path: Path):

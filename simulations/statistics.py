@@ -38,11 +38,6 @@ class Estimate:
     seeds: int
     agreeing: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """The interval lies on one side of 0."""
-        return self.number > 0 and abs(self.mean) > self.half_width
-
 
 def estimate(values: pd.Series[float]) -> Estimate:
     """Estimate a mean from values whose index has a level "seed"; nan are left out."""
@@ -50,19 +45,24 @@ def estimate(values: pd.Series[float]) -> Estimate:
     number = len(values)
     if number == 0:
         return Estimate(mean=math.nan, half_width=math.nan, number=0, seeds=0, agreeing=0)
-    half_width = math.inf
-    if number > 1:
-        quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, number - 1))
-        half_width = quantile * float(values.std(ddof=1)) / math.sqrt(number)
     mean = float(values.mean())
     by_seed = values.groupby(level="seed").mean()
     return Estimate(
         mean=mean,
-        half_width=half_width,
+        half_width=half_width(values),
         number=number,
         seeds=len(by_seed),
         agreeing=int((by_seed * mean > 0).sum()),
     )
+
+
+def half_width(values: pd.Series[float]) -> float:
+    """Return the half-width of a mean's 95 % interval (t); infinite for less than two values."""
+    number = len(values)
+    if number < 2:
+        return math.inf
+    quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, number - 1))
+    return quantile * float(values.std(ddof=1)) / math.sqrt(number)
 
 
 def of_strategy(ends: pd.DataFrame, strategy: str, column: str) -> pd.Series[float]:
@@ -83,9 +83,15 @@ def difference(first: pd.Series[float], second: pd.Series[float]) -> Estimate:
 
 
 def worst_tenth(values: pd.Series[float]) -> float:
-    """Return the mean over seeds of the mean over the worst tenth of devices, at least one."""
+    """Return the mean over seeds of the mean over the worst tenth of devices, at least one.
+
+    Parameters
+    ----------
+    values : Series
+        By seed and device; nan, of devices that are not evaluated, are left out.
+    """
     worst = [
         float(own.nsmallest(max(1, len(own) // 10)).mean())
-        for _, own in values.groupby(level="seed")
+        for _, own in values.dropna().groupby(level="seed")
     ]
     return float(pd.Series(worst).mean()) if worst else math.nan
