@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from eclm_flower.modular import ModularModel, modularize
+from eclm_flower.modular.split import layer_by_key
 
 BATCH, STEPS = 4, 5
 
@@ -120,7 +121,7 @@ def row(family: Family, modules: int) -> list[str]:
     model = modularize(body, modules_per_layer=modules, example_input=x[:1])
     numbers = [layer.modules for layer in model.layers.values()]
     parameters = dict(body.named_parameters())
-    modular = {key for layer in model.layers.values() for key in layer.axes} & parameters.keys()
+    modular = layer_by_key(model.layers.values()).keys() & parameters.keys()
     share = sum(parameters[key].numel() for key in modular) / sum(
         p.numel() for p in parameters.values()
     )

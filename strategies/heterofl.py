@@ -34,6 +34,7 @@ from eclm_flower import receive
 from eclm_flower.adaptation import DeviceProfile, Update
 from eclm_flower.modular import ModularModel, Selection
 from eclm_flower.modular.batch_norm import batch_sizes
+from eclm_flower.modular.split import layer_by_key
 from strategies.local_training import Training, train
 from strategies.method import Method
 from strategies.nested import Nested
@@ -60,7 +61,7 @@ class HeteroFL(Nested):
 
 def head_keys(model: ModularModel) -> list[str]:
     """State keys of the last linear layer, as far as they belong to the shared part."""
-    modular = {key for layer in model.layers.values() for key in layer.axes}
+    modular = layer_by_key(model.layers.values()).keys()
     *_, head = (name for name, part in model.body.named_modules() if isinstance(part, nn.Linear))
     keys = {f"{head}.weight", f"{head}.bias"} & model.body.state_dict().keys()
     return sorted(keys - modular)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from eclm_flower.modular.model import ModularModel
+from eclm_flower.modular.model import body_of
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def class_prior(
     ValueError
         The model ends in no bias of its logits, or the labels or shares don't fit it.
     """
-    name, bias = list(_body(model).named_parameters())[-1]
+    name, bias = list(body_of(model).named_parameters())[-1]
     if bias.ndim != 1:
         raise ValueError(
             f"Expected a model whose last parameter is the bias of its logits, got {name} "
@@ -105,7 +105,3 @@ def log_prior(
         raise ValueError(f"Expected unlike between 0 and 1, got {unlike}.")
     own = torch.bincount(labels, minlength=classes).double() / len(labels)
     return torch.log((1 - unlike) * own / (shares / shares.sum()) + unlike)
-
-
-def _body(model: nn.Module) -> nn.Module:
-    return model.body if isinstance(model, ModularModel) else model

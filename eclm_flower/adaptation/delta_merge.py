@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eclm_flower.adaptation.update import Update
 from eclm_flower.modular.deltas import DeltaModules, Mixture
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 
 class DeltaMean:
@@ -44,7 +44,7 @@ class DeltaMean:
         self, deltas: DeltaModules, state: Mapping[str, Tensor], layers: Iterable[ModuleLayer]
     ) -> None:
         self._deltas, self._state = deltas, state
-        self._layers = {key: layer for layer in layers for key in layer.axes}
+        self._layers = layer_by_key(layers)
         self._total = {key: torch.zeros_like(t) for key, t in deltas.tensors.items()}
         # Examples and devices behind each piece ``[S, pieces]``: a module, or all that is shared.
         self._examples = {name: np.zeros((deltas.sub_tasks, c)) for name, c in self._pieces.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eclm_flower.adaptation.robust import Robust, by_vote, clipped
 from eclm_flower.adaptation.update import Update
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 _SMALL = 2**15  # values for which calling PyTorch takes longer than computing
 _EXACT = (torch.float32, torch.float64)  # a share in lower precision would be another
@@ -53,7 +53,7 @@ class RunningMean:
         self.state = dict(state)
         self.layers = list(layers)
         self.weighting = weighting
-        modular = {key for layer in self.layers for key in layer.axes}
+        modular = layer_by_key(self.layers).keys()
         self._shared = [
             key for key, t in self.state.items() if t.is_floating_point() and key not in modular
         ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eclm_flower.adaptation.update import Update
 from eclm_flower.errors import ReplyError
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 LEAST_PEERS = 4
 """Updates a round needs for their median to say anything of one of them."""
@@ -130,7 +130,7 @@ class ChangeNorm:
     """
 
     def __init__(self, state: Mapping[str, Tensor], layers: Iterable[ModuleLayer]) -> None:
-        self._layer_of = {key: layer for layer in layers for key in layer.axes}
+        self._layer_of = layer_by_key(layers)
         self._before = {
             key: layer.packed(key, tensor) if (layer := self._layer_of.get(key)) else tensor[None]
             for key, tensor in state.items()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from eclm_flower.adaptation.update import Update, sent
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 Rule = Literal["mean", "trimmed-mean", "median"]
 LEAST_VOTERS = 3
@@ -173,7 +173,7 @@ class _Part:
 
 def _parts(state: Mapping[str, Tensor], layers: Sequence[ModuleLayer]) -> Iterator[_Part]:
     floating = [key for key, tensor in state.items() if tensor.is_floating_point()]
-    modular = {key for layer in layers for key in layer.axes}
+    modular = layer_by_key(layers).keys()
     shared = [key for key in floating if key not in modular]
     if shared:
         yield _Part(shared, lambda _, tensor: tensor[None], lambda _: (0,))

@@ -11,7 +11,7 @@ from torch import Tensor
 from eclm_flower.adaptation.profile import Importance
 from eclm_flower.errors import ReplyError
 from eclm_flower.modular.selection import Selection
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 _MOST_EXAMPLES = 2**53  # larger counts aren't exact, and their sums overflow
 
@@ -55,7 +55,7 @@ def sent(
     layers : iterable of ModuleLayer
         The cloud model's module layers.
     """
-    layer_of = {key: layer for layer in layers for key in layer.axes}
+    layer_of = layer_by_key(layers)
     for key, tensor in state.items():
         if tensor.is_floating_point():
             layer = layer_of.get(key)

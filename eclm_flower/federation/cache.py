@@ -39,7 +39,7 @@ from eclm_flower.federation.wire import (
 )
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 Digests = Mapping[str, Sequence[int]]
 """Layer name -> digest of each module, ``[N]``; `SHARED` -> that of the shared part; 0: none."""
@@ -233,7 +233,7 @@ def complete(
     RequestError
         The cache lost what the cloud counts on.
     """
-    layer_of = {key: layer for layer in model.layers.values() for key in layer.axes}
+    layer_of = layer_by_key(model.layers.values())
     sent = {layer: _numbers(config, SENT, layer) for layer in (SHARED, *model.layers)}
     came = unflattened(
         arrays,

@@ -67,7 +67,7 @@ from eclm_flower.federation.wire import (
 )
 from eclm_flower.modular.batch_norm import BatchNormPolicy, apply_policy
 from eclm_flower.modular.costs import CostTable
-from eclm_flower.modular.model import ModularModel
+from eclm_flower.modular.model import ModularModel, body_of
 
 _IMPORTANCE_STATE = "eclm.importance"
 
@@ -145,11 +145,6 @@ def receive(
         )
         remember(sub_model, received)
     return apply_policy(sub_model, cast(BatchNormPolicy, config[BATCH_NORM]))
-
-
-def body_of(sub_model: nn.Module) -> nn.Module:
-    """Return what of a sub-model is trained and returned: all but the selector."""
-    return sub_model.body if isinstance(sub_model, ModularModel) else sub_model
 
 
 def selection_of(msg: Message) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,7 @@ from eclm_flower.federation.wire import (
 from eclm_flower.modular.deltas import DeltaModules
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection, whole
-from eclm_flower.modular.split import columns_of, to_columns
+from eclm_flower.modular.split import columns_of, layer_by_key, to_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class CloudModel:
         if cached:
             send, told = lacking(selection, self.digests, cached)
             config.update(told)
-        layer_of = {key: layer for layer in self.model.layers.values() for key in layer.axes}
+        layer_of = layer_by_key(self.model.layers.values())
         modules = {
             key: layer_of[key].take(key, self.state[key], numbers)
             for key in self._parts[MODULES_PART]

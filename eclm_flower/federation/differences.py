@@ -26,7 +26,7 @@ from eclm_flower.federation.wire import (
     forms,
     unflattened,
 )
-from eclm_flower.modular.model import ModularModel
+from eclm_flower.modular.model import body_of
 from eclm_flower.modular.selection import Selection
 from eclm_flower.modular.split import ModuleLayer, columns_of
 
@@ -135,5 +135,5 @@ def change_of(sub_model: nn.Module) -> dict[str, Array]:
             "The cloud asks for what changed, so that the reply must be given the very model that "
             f"receive returned, trained; got another {type(sub_model).__name__}."
         )
-    body = sub_model.body if isinstance(sub_model, ModularModel) else sub_model
+    body = body_of(sub_model)
     return received.change(body)  # type: ignore[no-any-return]

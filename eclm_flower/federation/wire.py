@@ -25,7 +25,7 @@ from torch import Tensor
 from eclm_flower.errors import ReplyError
 from eclm_flower.federation.decoding import read_array
 from eclm_flower.federation.messages import to_array
-from eclm_flower.modular.split import ModuleLayer, columns_of, turned
+from eclm_flower.modular.split import ModuleLayer, columns_of, layer_by_key, turned
 
 SHARED_PART, MODULES_PART, SELECTOR_PART = "shared", "modules", "selector"
 
@@ -54,7 +54,7 @@ def forms(state: Mapping[str, Tensor]) -> dict[str, Form]:
 def by_part(body: Mapping[str, Form], layers: Iterable[ModuleLayer]) -> dict[str, dict[str, Form]]:
     """Divide a body's tensors into shared part and modules, in their order."""
     layers = list(layers)
-    modular = {key for layer in layers for key in layer.axes}
+    modular = layer_by_key(layers).keys()
     columns = columns_of(layers)
     return {
         SHARED_PART: {key: form for key, form in body.items() if key not in modular},

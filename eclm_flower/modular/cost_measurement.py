@@ -22,7 +22,7 @@ from eclm_flower.modular.costs import Cost, CostTable
 from eclm_flower.modular.gating import gated
 from eclm_flower.modular.modes import evaluating
 from eclm_flower.modular.real_device import FLOP_FORMULAS, FusedAttention
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 _MESSAGE, _ARRAY, _LAYER, _CHUNK = 2048, 512, 256, 128  # bytes
 _CHUNK_BYTES = 5e6  # Flower cuts arrays into chunks of this size
@@ -103,7 +103,7 @@ class _Device:
         self.body, self.layers, self.selector = body, layers, selector
         self.batch_size = batch_size
         self.whole = {**dict(body.named_parameters()), **dict(body.named_buffers())}
-        modular = {key for layer in layers for key in layer.axes}
+        modular = layer_by_key(layers).keys()
         arrays = {(k in modular, t.dtype) for k, t in self.whole.items() if t.is_floating_point()}
         self.framing_bytes = framing_bytes(
             layers=len(layers),
@@ -158,7 +158,7 @@ class _Device:
         return cost, shapes
 
     def _narrowed(self, number: Mapping[str, int]) -> dict[str, Tensor]:
-        layer_of = {key: layer for layer in self.layers for key in layer.axes}
+        layer_of = layer_by_key(self.layers)
         state = {}
         for key, tensor in self.whole.items():
             shape = list(tensor.shape)

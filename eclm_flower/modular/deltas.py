@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from eclm_flower.errors import ModularizationError
 from eclm_flower.modular.selection import Selection
-from eclm_flower.modular.split import ModuleLayer
+from eclm_flower.modular.split import ModuleLayer, layer_by_key
 
 Mixture = Tensor | Sequence[float]
 """Proportions ``[S]`` in which a device's data comes from the sub-tasks; they sum to 1."""
@@ -78,7 +78,7 @@ class DeltaModules(nn.Module):
         self.sub_tasks = sub_tasks
         layers = list(layers)
         self.core = {layer.name: max(1, round(core_share * layer.modules)) for layer in layers}
-        self._layers = {key: layer for layer in layers for key in layer.axes}
+        self._layers = layer_by_key(layers)
         self._names: dict[str, str] = {}
         for key, parameter in body.named_parameters():
             shape = list(parameter.shape)

@@ -280,6 +280,11 @@ class ModularModel(nn.Module):
             state[key].copy_(layer.reordered(key, state[key], order))
 
 
+def body_of(sub_model: nn.Module) -> nn.Module:
+    """Return what of a sub-model is the user's own: all but the selector, if it has one."""
+    return sub_model.body if isinstance(sub_model, ModularModel) else sub_model
+
+
 def modularize(
     model: nn.Module,
     *,

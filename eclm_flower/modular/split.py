@@ -197,6 +197,11 @@ class ModuleLayer:
         return turned(picked) if columns else picked
 
 
+def layer_by_key(layers: Iterable[ModuleLayer]) -> dict[str, ModuleLayer]:
+    """Return the layer of every state key that is cut into modules; what has none is shared."""
+    return {key: layer for layer in layers for key in layer.axes}
+
+
 def columns_of(layers: Iterable[ModuleLayer]) -> frozenset[str]:
     """State keys whose modules lie along a later axis than the first.
 

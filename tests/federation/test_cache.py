@@ -9,10 +9,10 @@ from torch import nn
 from eclm_flower import ECLM, Budget, modularize
 from eclm_flower.errors import RequestError
 from eclm_flower.federation.cache import ModuleCache, complete, digest, module_piece
-from eclm_flower.federation.client import body_of
 from eclm_flower.federation.cloud import CloudModel
 from eclm_flower.federation.wire import SELECTOR_PART, by_part, forms, unflattened
 from eclm_flower.modular import slim_resnet
+from eclm_flower.modular.model import body_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The narrowest selector")
 
