@@ -1,5 +1,6 @@
-"""What all tests share: one thread, property tests without a time limit, two small builders."""
+"""What all tests share: one thread, Flower's log, no time limits for examples, two builders."""
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,13 @@ from torch import nn
 torch.set_num_threads(1)
 settings.register_profile("eclm", deadline=None)
 settings.load_profile("eclm")
+
+
+@pytest.fixture(autouse=True)
+def _as_at_the_start():
+    """Programs set threads and quieten Flower's log for their process: every test undoes it."""
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.DEBUG)  # as Flower leaves it
 
 
 @pytest.fixture(scope="session")
