@@ -97,7 +97,7 @@ class PrototypingConfig:
         devices can hold. A budget smaller than any of these will be served badly.
     distillation : float (default: 0)
         Weight of the whole model's soft labels while sub-models train (``method="deployed"``). At
-        0.5 it was worth nothing in either of two trials.
+        0.5 it gained nothing, but right after a device's classes move (docs/evidence.md).
     temperature : float (default: 2.0)
         Of those soft labels.
     """
