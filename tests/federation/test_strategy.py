@@ -148,9 +148,9 @@ def test_the_selector_is_sent_once_to_a_device_and_never_merged():
         np.testing.assert_array_equal(result.arrays[f"selector.{key}"].numpy(), value)
 
 
-def test_importance_is_asked_again_when_it_gets_old():
-    asked = []
-    app = eclm_app()
+def spied_app():
+    """An app, and a list that says of every query whether it asked for importance."""
+    asked, app = [], eclm_app()
     query = app._registered_funcs["query.default"]
 
     def spy(message, context):
@@ -158,20 +158,17 @@ def test_importance_is_asked_again_when_it_gets_old():
         return query(message, context)
 
     app._registered_funcs["query.default"] = spy
+    return app, asked
+
+
+def test_importance_is_asked_again_when_it_gets_old():
+    app, asked = spied_app()
     run(build_model(), app, rounds=4, importance_every=2)
     assert sum(asked) == 4 * 2
 
 
 def test_importance_of_an_earlier_start_gets_old_too():
-    asked = []
-    app = eclm_app()
-    query = app._registered_funcs["query.default"]
-
-    def spy(message, context):
-        asked.append(bool(message.content.array_records))
-        return query(message, context)
-
-    app._registered_funcs["query.default"] = spy
+    app, asked = spied_app()
     strategy = ECLM(build_model(), importance_every=2)
     run(strategy.model, app, strategy=strategy, rounds=2)
     asked.clear()
@@ -426,15 +423,7 @@ def test_a_strategy_that_needs_no_importance_is_never_charged_the_selector():
         def derive(self, profile, server_round):
             return {"0": (0, 1)}
 
-    asked = []
-    app = eclm_app()
-    query = app._registered_funcs["query.default"]
-
-    def spy(message, context):
-        asked.append(bool(message.content.array_records))
-        return query(message, context)
-
-    app._registered_funcs["query.default"] = spy
+    app, asked = spied_app()
     strategy, result = run(build_model(), app, strategy=Prefix(build_model()), rounds=2)
     assert asked
     assert not any(asked)
