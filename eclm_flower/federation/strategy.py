@@ -439,7 +439,8 @@ class ECLM(FedAvg):
         Returns
         -------
         dict[str, Tensor]
-            The body's state after; tensors that nobody changed are the objects of `state`.
+            The body's state after. A tensor that is an object of `state` counts as unchanged; one
+            that is not is compared.
         """
         knows_importance = self.uses_importance and self.derive_on == "cloud"
         return merge(

@@ -31,7 +31,8 @@ def summary_block(table: TableDefinition, rows: Mapping[str, Rows]) -> Block:
     for row in table.rows:
         ends = rows[row.name].ends
         there = [] if ends.empty else list(ends["strategy"].unique())
-        if method not in there or best_rival(ends, there, method, "adapted") is None:
+        rival_there = best_rival(ends, there, method, "adapted", statistic=worst_tenth)
+        if method not in there or rival_there is None:
             continue
         own = of_strategy(ends, method, "adapted")
         cells = [row.title, percent(own.mean())]
@@ -40,8 +41,7 @@ def summary_block(table: TableDefinition, rows: Mapping[str, Rows]) -> Block:
             mine, theirs = (of_strategy(ends, name, column) for name in (method, str(rival)))
             ahead = points(difference(mine, theirs))
             cells.append(ahead if ahead == NOTHING else f"{ahead}, `{rival}`")
-        rival = best_rival(ends, there, method, "adapted", statistic=worst_tenth)
-        worst = worst_tenth(own) - worst_tenth(of_strategy(ends, str(rival), "adapted"))
-        cells.append(f"{100 * worst:+.1f}, `{rival}`")
+        worst = worst_tenth(own) - worst_tenth(of_strategy(ends, rival_there, "adapted"))
+        cells.append(f"{100 * worst:+.1f}, `{rival_there}`")
         block.lines.append(cells)
     return block
