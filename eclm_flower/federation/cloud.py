@@ -12,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from eclm_flower.adaptation.profile import Importance
 from eclm_flower.errors import ReplyError, RequestError
 from eclm_flower.federation.cache import Digests, digests_of, lacking, shared_piece
 from eclm_flower.federation.decoding import read_array
@@ -38,6 +39,7 @@ from eclm_flower.federation.wire import (
 from eclm_flower.modular.deltas import DeltaModules
 from eclm_flower.modular.model import ModularModel
 from eclm_flower.modular.selection import Selection, whole
+from eclm_flower.modular.selector import top_k_gates
 from eclm_flower.modular.split import columns_of, layer_by_key, to_columns
 
 
@@ -116,6 +118,21 @@ class CloudModel:
     def selector_arrays(self) -> ArrayRecord:
         """The selector, as a query carries it."""
         return _record(flattened(SELECTOR_PART, self.selector))
+
+    @cached_property
+    def importance(self) -> Importance | None:
+        """What any device would tell if the selector's gates are alike for every input, else None.
+
+        They are in a nested order of modules, and in a selector that nobody trained.
+        """
+        if self.selector["heads.weight"].any():
+            return None
+        sizes = self.model.selector.sizes
+        logits = torch.split(self.selector["heads.bias"], list(sizes.values()))
+        return {
+            name: top_k_gates(of_layer[None])[0].double().numpy()
+            for name, of_layer in zip(sizes, logits, strict=True)
+        }
 
     @cached_property
     def _shared_arrays(self) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from eclm_flower.adaptation.profile import DeviceProfile
+from eclm_flower.adaptation.profile import DeviceProfile, Importance
 from eclm_flower.errors import ReplyError
 from eclm_flower.federation.exchange import Deadline, failure, last_line, stream
 from eclm_flower.federation.messages import profile_from_content
@@ -82,6 +82,7 @@ class Profiles:
         question: Callable[[ArrayRecord | None], RecordDict],
         selector: ArrayRecord,
         *,
+        everyones: Importance | None = None,
         until: Deadline,
         costs: CostTable,
         sub_tasks: int = 0,
@@ -101,6 +102,8 @@ class Profiles:
             Selector arrays, or None where no importance is wanted -> what the query carries.
         selector : ArrayRecord
             The selector's arrays.
+        everyones : dict[str, np.ndarray], optional
+            Importance that all data has alike: nobody is asked to tell it.
         until, costs, sub_tasks, traffic
             See `ask`.
 
@@ -109,7 +112,13 @@ class Profiles:
         Counter
             Devices without a profile of this round, by reason.
         """
-        outdated = {device for device in nodes if self.wants_selector(device, server_round)}
+        if self.tells != "importance":
+            everyones = None
+        outdated = {
+            device
+            for device in nodes
+            if everyones is None and self.wants_selector(device, server_round)
+        }
         to_ask = {
             node: device
             for device, node in nodes.items()
@@ -132,7 +141,9 @@ class Profiles:
                 log(WARNING, "Device %s now says it is device %s.", device, profile.device)
                 losses.update(("refused", "refused-device"))
                 continue
-            if device not in outdated and device in self.latest:
+            if everyones is not None:
+                profile = replace(profile, importance=everyones)
+            elif device not in outdated and device in self.latest:
                 profile = replace(profile, importance=self.latest[device].importance)
             if device in outdated:
                 self.importance_rounds[device] = server_round

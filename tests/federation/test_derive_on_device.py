@@ -18,8 +18,10 @@ def budget(model, device):
     return Budget.share_of(model.costs, communication_bytes=(1 + device % 3) / 4)
 
 
-def run(derive_on, *, rounds=3, between=None, answers=None, app=None, **options):
+def run(derive_on, *, rounds=3, between=None, answers=None, app=None, nested=False, **options):
     model = build_model()
+    if nested:
+        model.selector.prefer_in_order("0", by=0.5)
     strategy = ECLM(model, derive_on=derive_on, weighting="examples", **options)
 
     def spoil(device, answer):
@@ -39,9 +41,10 @@ def run(derive_on, *, rounds=3, between=None, answers=None, app=None, **options)
     return strategy, result
 
 
-def test_both_ways_give_the_same_modules_and_numbers():
-    cloud, by_cloud = run("cloud")
-    device, by_device = run("device")
+@pytest.mark.parametrize("nested", [False, True])
+def test_both_ways_give_the_same_modules_and_numbers(nested):
+    cloud, by_cloud = run("cloud", nested=nested)
+    device, by_device = run("device", nested=nested)
     assert cloud.selections == device.selections
     assert len({tuple(s["0"]) for s in device.selections.values()}) > 1
     for key, array in by_cloud.arrays.items():

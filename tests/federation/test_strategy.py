@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from federated import build_model, eclm_app, fedavg_app, grid_of
+from federated import build_model, eclm_app, fedavg_app, grid_of, local_data
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 
@@ -174,6 +174,20 @@ def test_importance_of_an_earlier_start_gets_old_too():
     asked.clear()
     run(strategy.model, app, strategy=strategy, rounds=3)
     assert sum(asked) == 4  # in round 2: its rounds count from 1 again
+
+
+def test_nobody_is_asked_for_importance_that_is_alike_for_all_data():
+    app, asked = spied_app()
+    model = build_model()
+    model.selector.prefer_in_order("0", by=0.5)
+    strategy, _ = run(model, app, rounds=3, importance_every=1)
+    assert len(asked) == 4 * (1 + 3)
+    assert not any(asked)
+    assert len(strategy.profiles) == 4
+    for device, profile in strategy.profiles.items():
+        expected = model.importance([local_data(device)[0]])
+        assert profile.importance.keys() == expected.keys()
+        np.testing.assert_allclose(profile.importance["0"], expected["0"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("fails", [False, True])
