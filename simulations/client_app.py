@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from simulations.settings import Settings
 from simulations.threads import one_thread
 from simulations.world import World, world_of
 from strategies import METHODS
-from strategies.guard import adapt_guarded
+from strategies.guard import adapt_guarded, judged
 from strategies.method import Method
 
 app = ClientApp()
@@ -191,7 +191,8 @@ def evaluate(msg: Message, context: Context) -> Message:
     data = task.data(task.step)
     with one_thread():
         original, model = task.opened(msg, stores=task.delivery)
-        shifted = (math.nan, math.nan)
+        shifts = task.delivery and settings.phase(task.step + 1) > settings.phase(task.step)
+        held = fallback = math.nan
         with task.prior(model):
             before = after = accuracies(model, data.test, data.classes)
             if task.local:
@@ -200,16 +201,18 @@ def evaluate(msg: Message, context: Context) -> Message:
                     adapt = partial(adapt_guarded, adapt)
                 adapt(model, data.train, settings, task.generator(ADAPT))
                 after = accuracies(model, data.test, data.classes)
-            if task.delivery and settings.phase(task.step + 1) > settings.phase(task.step):
+            if shifts:
                 next_data = task.data(task.step + 1)
-                shifted = accuracies(model, next_data.test, next_data.classes)
+                held, _ = accuracies(model, next_data.test, next_data.classes)
+        if shifts:
+            fallback = _with_fallback(replace(task, step=task.step + 1), original, model)
     if task.keeps:
         keep(task.folder, original, model)
-    held = task.method.modules(original, world.model)
+    modules = task.method.modules(original, world.model)
     seconds = seconds_of_work(
         world.fleet[task.device],
         world.conditions(task.device, task.moment),
-        flops=world.model.costs.of(held).computation_flops,
+        flops=world.model.costs.of(modules).computation_flops,
         samples=len(data.train),
         epochs=local_epochs(task.method, settings) if task.local else 0,
     )
@@ -222,9 +225,28 @@ def evaluate(msg: Message, context: Context) -> Message:
             "accuracy-after": after[0],
             "masked-before": before[1],
             "masked-after": after[1],
-            "accuracy-shifted": shifted[0],
-            "modules": count(held),
-            "memory": world.model.costs.of(held).memory_bytes,
+            "accuracy-held": held,
+            "accuracy-fallback": fallback,
+            "modules": count(modules),
+            "memory": world.model.costs.of(modules).memory_bytes,
             "seconds": seconds,
         },
     )
+
+
+def _with_fallback(task: _Task, original: Message, adapted: nn.Module) -> float:
+    """Test the better of two models that a device has when a step begins, both untrained on it.
+
+    It still has what the cloud sent, and knows the labels of its new data: neither training nor
+    the cloud is needed to tell both models its classes and see which serves that data better.
+    """
+    data = task.data(task.step)
+    _, sent = task.opened(original, stores=False)
+    with task.prior(adapted):
+        task.method.select(adapted, data.train, task.generator(SELECT))
+    found = []
+    for model in (adapted, sent):
+        with task.prior(model):
+            accuracy, _ = accuracies(model, data.test, data.classes)
+            found.append((judged(model, data.train), accuracy))
+    return max(found, key=lambda of_model: of_model[0])[1]

@@ -42,6 +42,9 @@ class Row:
     accuracy_held : float
         At a step's first evaluation: of the model the device adapted last, on its new data; nan
         where data didn't shift.
+    accuracy_fallback : float
+        The same of that model or the one it was sent, whichever serves its new training data better
+        now that it knows its new classes.
     accuracy_global : float
         Of the whole cloud model on the cloud's test data; nan where there is no such model.
     bytes_down, bytes_up : int
@@ -70,6 +73,7 @@ class Row:
     masked_before: float = math.nan
     masked_after: float = math.nan
     accuracy_held: float = math.nan
+    accuracy_fallback: float = math.nan
     accuracy_global: float = math.nan
     bytes_down: int
     bytes_up: int
@@ -99,7 +103,7 @@ def read(path: Path) -> list[Row]:
     }
     with open(path, newline="") as file:
         return [
-            Row(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(Row)})
+            Row(**{f.name: kinds[str(f.type)](row.get(f.name, "")) for f in fields(Row)})
             for row in csv.DictReader(file)
         ]
 

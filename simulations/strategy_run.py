@@ -107,7 +107,7 @@ class StrategyRun:
         self._arrays: ArrayRecord = method.arrays(model)
         self._clock = 0.0
         self._spent: dict[int, Traffic] = defaultdict(Traffic)  # device -> since its last row
-        self._held: dict[int, float] = {}  # device -> accuracy of what it holds, after a shift
+        self._after_shift: dict[int, dict[str, float]] = {}  # device -> what it had is worth then
         self._rows: list[Row] = []
 
     def rows(self, console: Console) -> list[Row]:
@@ -252,7 +252,7 @@ class StrategyRun:
                     accuracy_after=_number(metrics, "accuracy-after"),
                     masked_before=_number(metrics, "masked-before"),
                     masked_after=_number(metrics, "masked-after"),
-                    accuracy_held=self._held.pop(device, math.nan),
+                    **self._after_shift.pop(device, {}),
                     accuracy_global=whole,
                     bytes_down=self._spent[device].down,
                     bytes_up=self._spent[device].up,
@@ -264,9 +264,10 @@ class StrategyRun:
                 )
             )
             if delivery and step + 1 < self._settings.steps:
-                shifted = _number(metrics, "accuracy-shifted")
-                if not math.isnan(shifted):
-                    self._held[device] = shifted
+                self._after_shift[device] = {
+                    "accuracy_held": _number(metrics, "accuracy-held"),
+                    "accuracy_fallback": _number(metrics, "accuracy-fallback"),
+                }
             del self._spent[device]
         for device, spent in sorted(self._spent.items()):
             if spent.down or spent.up:  # no byte may be lost with who is not evaluated

@@ -26,21 +26,21 @@ def accuracy_block(title: str, rows: Rows, order: list[str], method: str) -> Blo
         What the others are compared with.
     """
     there = [name for name in order if name in set(rows.ends["strategy"])]
-    shifts = bool(rows.ends["held"].notna().any())
+    shifts = {c: h for c, h in AFTER_SHIFT.items() if rows.ends[c].notna().any()}
     best = {column: best_rival(rows.ends, there, method, column) for column in _JUDGED}
     headings = ["strategy", "sent", "adapted", "masked", "worst tenth"]
-    headings += ["after shift"] if shifts else []
+    headings += shifts.values()
     headings += ["MB", "s", "peak MB"]
     if method in there:
         headings += [f"`{method}` − it, adapted", "masked"]  # noqa: RUF001 - a minus
     block = Block(title=title, headings=tuple(headings))
     for name in there:
-        own = {c: of_strategy(rows.ends, name, c) for c in ("sent", *_JUDGED, "held", "memory")}
+        own = {c: of_strategy(rows.ends, name, c) for c in ("sent", *_JUDGED, *shifts, "memory")}
         cells = [label(name), percent(own["sent"].mean())]
         for column in _JUDGED:
             cells.append(bold(percent(own[column].mean()), when=best[column] == name))
         cells.append(percent(worst_tenth(own["adapted"])))
-        cells += [percent(own["held"].mean())] if shifts else []
+        cells += [percent(own[column].mean()) for column in shifts]
         cells.append(number(at_the_end(rows.course, name, "bytes"), scale=1e6))
         cells.append(number(at_the_end(rows.course, name, "clock")))
         cells.append(number(own["memory"].mean(), scale=1e6))
@@ -56,6 +56,7 @@ def accuracy_block(title: str, rows: Rows, order: list[str], method: str) -> Blo
 
 
 _JUDGED = ("adapted", "masked")
+AFTER_SHIFT = {"held": "after shift", "fallback": "with fall-back"}
 
 
 def label(name: str) -> str:

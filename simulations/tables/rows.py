@@ -28,6 +28,8 @@ _ENDS = {  # column of a run -> here; means over the ends of steps
     "memory": "memory",
     "seconds": "seconds",
 }
+_SHIFTS = {"accuracy_held": "held", "accuracy_fallback": "fallback"}  # the same; over shifts
+_KEYS = ["strategy", "seed", "device"]
 _DIGITS = 4
 
 
@@ -43,15 +45,15 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         Means over the ends of steps: accuracy ``sent``, ``adapted`` and, adapted, ``masked``; peak
-        ``memory`` (bytes) and ``seconds`` of an adaptation; mean over shifts: ``held``, accuracy
-        right after a shift.
+        ``memory`` (bytes) and ``seconds`` of an adaptation. Means over shifts: accuracy right after
+        one, of the model ``held``, and of the better of it and its ``fallback``.
     """
-    keys = ["strategy", "seed", "device"]
     frame = frame[frame["accuracy_before"].notna()]  # the others have bytes alone
     last = frame.groupby(["strategy", "seed", "step"])["round"].transform("max")
-    result = frame[frame["round"] == last].groupby(keys)[list(_ENDS)].mean().rename(columns=_ENDS)
+    result = frame[frame["round"] == last].groupby(_KEYS)[list(_ENDS)].mean().rename(columns=_ENDS)
     result["memory"] = result["memory"].round()
-    result["held"] = frame.groupby(keys)["accuracy_held"].mean()
+    for column, name in _SHIFTS.items():
+        result[name] = frame.groupby(_KEYS)[column].mean()
     return _short(result.reset_index())
 
 
@@ -160,7 +162,10 @@ def read_rows(folder: Path, row: str) -> Rows:
         return Rows()
     ends_path, course_path, notes_path = _paths(folder, row)
     notes = json.loads(notes_path.read_text())
-    return Rows(ends=pd.read_csv(ends_path), course=pd.read_csv(course_path), **notes)
+    # What rows of an earlier version don't have is not a number.
+    columns = [*_KEYS, *_ENDS.values(), *_SHIFTS.values()]
+    ends = pd.read_csv(ends_path).reindex(columns=columns)
+    return Rows(ends=ends, course=pd.read_csv(course_path), **notes)
 
 
 def write_rows(rows: Rows, folder: Path, row: str) -> None:

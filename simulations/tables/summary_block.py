@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simulations.statistics import difference, of_strategy, worst_tenth
-from simulations.tables.accuracy_block import best_rival
+from simulations.tables.accuracy_block import AFTER_SHIFT, best_rival
 from simulations.tables.blocks import NOTHING, Block, percent, points
 from simulations.tables.definition import TableDefinition
 from simulations.tables.rows import Rows
 
-_MEASURES = {"sent": "sent", "adapted": "adapted", "masked": "masked", "held": "after shift"}
+_MEASURES = {"sent": "sent", "adapted": "adapted", "masked": "masked", **AFTER_SHIFT}
 _NOTE = (
     "Each cell: points ahead of the best rival within budgets *of that cell*, and which it is. "
     "Variants of the method, and strategies that ignore budgets (†), are no rivals here."

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -27,6 +28,7 @@ def row(strategy, seed, server_round, device, before, sent=0, **more):
             "masked_before": 1.0,
             "masked_after": 1.0,
             "accuracy_held": math.nan,
+            "accuracy_fallback": 0.25,
             "accuracy_global": 0.5,
             "bytes_down": sent,
             "bytes_up": sent,
@@ -158,6 +160,16 @@ def test_rows_come_back_to_the_last_digit(tmp_path: Path):
         replace(r, accuracy_held=0.0) for r in rows
     ]
     assert all(math.isnan(r.accuracy_held) for r in again)
+
+
+def test_rows_of_an_earlier_version_lack_what_it_did_not_measure(tmp_path: Path):
+    record = Record.begin(Settings(out=str(tmp_path)), "ray")
+    record.add("fedavg", 0, list(ROWS[:2]), 1.0)
+    path = tmp_path / "results.csv"
+    pd.read_csv(path).drop(columns="accuracy_fallback").to_csv(path, index=False)
+    again = read(path)
+    assert [r.accuracy_before for r in again] == [r.accuracy_before for r in ROWS[:2]]
+    assert all(math.isnan(r.accuracy_fallback) for r in again)
 
 
 def test_a_record_goes_on_where_it_stopped(tmp_path: Path):

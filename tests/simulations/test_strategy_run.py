@@ -44,6 +44,21 @@ def test_accuracy_right_after_a_shift_is_of_the_model_held_before(steps):
     assert sum(adapted) > sum(column(steps, "accuracy_held", strategy="local-adaptation", step=1))
 
 
+def test_right_after_a_shift_a_device_can_fall_back_on_what_it_was_sent(steps):
+    def after_shift(strategy: str) -> tuple[float, float]:
+        held = column(steps, "accuracy_held", strategy=strategy)
+        fallback = column(steps, "accuracy_fallback", strategy=strategy)
+        assert [math.isnan(value) for value in held] == [math.isnan(value) for value in fallback]
+        return np.nanmean(held), np.nanmean(fallback)
+
+    held, fallback = after_shift("eclm")  # knows its new classes, too
+    assert fallback > held + 0.3
+    held, fallback = after_shift("local-adaptation")  # not only if the cloud sends anew
+    assert fallback > held + 0.1
+    held, fallback = after_shift("no-adaptation")
+    assert fallback == held
+
+
 def test_no_adaptation_adapts_nothing(steps):
     rows = [row for row in steps if row["strategy"] == "no-adaptation"]
     assert all(row["accuracy_before"] == row["accuracy_after"] for row in rows)
@@ -60,10 +75,11 @@ def test_models_are_paid_for_when_they_are_handed_out(steps):
             assert not any(sent[:-1])
 
 
-def test_importance_is_asked_anew_when_data_has_shifted(steps):
+def test_importance_is_asked_anew_when_data_has_shifted(tmp_path):
+    steps = run_tiny(tmp_path, steps=3, strategies="eclm-chosen")
+
     def asked(step: int, server_round: int) -> float:
-        where = {"strategy": "eclm", "step": step, "round": server_round}
-        return min(column(steps, "bytes_down", **where))
+        return min(column(steps, "bytes_down", step=step, round=server_round))
 
     # Only a query with the selector is that large.
     assert asked(0, 0) > 4 * asked(0, 1)

@@ -1,5 +1,6 @@
 """Reports are made from committed rows alone, and say what the rows say."""
 
+import math
 import re
 import socket
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from simulations.settings import Settings, SettingsError
 from simulations.tables.accuracy_block import accuracy_block, best_rival
-from simulations.tables.blocks import Block
+from simulations.tables.blocks import NOTHING, Block
 from simulations.tables.command import run_table
 from simulations.tables.cost_block import cost_block
 from simulations.tables.definition import read_table
@@ -40,7 +41,13 @@ paper = 1.25
 ACCURACY = {"fedavg": 0.9, "nested": 0.6, "random": 0.5, "eclm": 0.7, "eclm-half": 0.69}
 
 
-def rows_of(accuracy: dict[str, float], *, held: float = float("nan"), masked: float = 0.0) -> Rows:
+def rows_of(
+    accuracy: dict[str, float],
+    *,
+    held: float = math.nan,
+    fallback: float = math.nan,
+    masked: float = 0.0,
+) -> Rows:
     """Results of two seeds with four devices each; device d is 0.01 d better, in every method."""
     ends, course = [], []
     for strategy, mean in accuracy.items():
@@ -51,6 +58,7 @@ def rows_of(accuracy: dict[str, float], *, held: float = float("nan"), masked: f
                         "strategy": strategy, "seed": seed, "device": device, "sent": mean - 0.1,
                         "adapted": mean + 0.01 * device, "masked": 1 - mean + masked,
                         "memory": 2_000_000, "seconds": 0.5, "held": held,
+                        "fallback": fallback,
                     }
                 )  # fmt: skip
             for r in (0, 1):
@@ -90,6 +98,10 @@ def test_shifts_have_a_column_where_there_are_any():
     assert "after shift" not in accuracy_block("x", rows_of(ACCURACY), ["eclm"], "eclm").headings
     block = accuracy_block("x", rows_of(ACCURACY, held=0.4), ["eclm", "nested"], "eclm")
     assert cells(block, "eclm")[block.headings.index("after shift")] == "40.0"
+    assert "with fall-back" not in block.headings
+    rows = rows_of(ACCURACY, held=0.4, fallback=0.6)
+    block = accuracy_block("x", rows, ["eclm", "nested"], "eclm")
+    assert cells(block, "eclm")[block.headings.index("with fall-back")] == "60.0"
 
 
 def test_a_summary_finds_the_best_rival_of_each_measure(table):
@@ -105,6 +117,7 @@ def test_a_summary_finds_the_best_rival_of_each_measure(table):
     assert ahead["adapted"] == "+17.5 ± 11.6 (2/2), `nested`"
     assert ahead["masked"] == "-20.0 ± 0.0 (2/2), `random`"
     assert ahead["after shift"] == "+0.0 ± 0.0 (0/2), `nested`"
+    assert ahead["with fall-back"] == NOTHING
     assert ahead["worst tenth"] == "+20.0, `random`"  # nested: best on average, not there
 
 

@@ -30,7 +30,9 @@ def frame(strategies: tuple[str, ...] = ("eclm", "fedavg"), seeds: tuple[int, ..
                             for name, kind in Row.__annotations__.items()
                             if kind == "float"
                         }
-                        accuracies |= {"accuracy_held": 0.25 if step and r == 0 else float("nan")}
+                        for name, value in (("held", 0.25), ("fallback", 0.75)):
+                            first = step and r == 0
+                            accuracies[f"accuracy_{name}"] = value if first else float("nan")
                         accuracies |= {"strategy": strategy, "seed": seed, "step": step}
                         accuracies |= {"round": 2 * step + r, "device": device}
                         accuracies |= {"bytes_down": 1000, "bytes_up": 500, "modules": 5}
@@ -49,7 +51,7 @@ def test_ends_are_means_over_the_ends_of_steps():
     assert len(last) == 3
     assert one["adapted"] == pytest.approx(last["accuracy_after"].mean(), abs=1e-4)
     assert one["masked"] == pytest.approx(last["masked_after"].mean(), abs=1e-4)
-    assert one["held"] == 0.25
+    assert (one["held"], one["fallback"]) == (0.25, 0.75)
 
 
 def test_who_is_not_evaluated_has_no_end_and_costs_bytes():
