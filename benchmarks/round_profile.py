@@ -12,7 +12,7 @@ the reply, without the device's work timed in it, divided likewise; *Flower* is 
 sweeps over the nodes, waiting for replies, and what the server does outside the functions named.
 Work of the server goes on beside the workers', so *Flower* can come out below zero. In one process
 this *rest* is the copies and contexts of the in-process engine. The first round is left out: in it
-importance is computed and Ray starts.
+devices decode their data and Ray starts.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ class Perceptrons(nn.Module):
 def model_of_process() -> ModularModel:
     """Build the cloud model, once per process."""
     torch.manual_seed(0)
-    return modularize(Perceptrons(), example_input=torch.zeros(1, FEATURES))
+    model = modularize(Perceptrons(), example_input=torch.zeros(1, FEATURES))
+    torch.nn.init.normal_(model.selector.heads.weight)  # else nobody is asked for importance
+    return model
 
 
 eclm_app, fedavg_app = ClientApp(), ClientApp()

@@ -10,7 +10,7 @@ returned and merged; in this process, and on Flower's simulation engine (Ray, on
 The bare loop has the sub-models built and the data in memory before the clock starts. It follows
 each round, and what is compared is a round with its own loop; the losses it ends with must be those
 that the devices told, to the last digit. Mark: in this process at most 1.15 of the loop. The first
-round is a row of its own: devices also decode their data and compute their importance.
+round is a row of its own: devices also decode their data.
 """
 
 from __future__ import annotations

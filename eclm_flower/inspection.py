@@ -100,7 +100,7 @@ def inspect(request: Request) -> Iterator[str | Table]:
     yield (
         "\nMB = 1,000,000 bytes. Training MFLOP: forward and backward for one sample. Training MB: "
         f"parameters, gradients, momentum and the activations of a batch of {request.batch_size}. "
-        "The selector is not counted: a device gets it once.\n"
+        "The selector is not counted: a device gets it at most once.\n"
     )
     smallest = costs.of(dict.fromkeys(costs.modules, (0,)))
     rows = [(("whole model",), costs.whole), (("smallest sub-model",), smallest)]

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from eclm_flower import class_prior, profile
 from eclm_flower.federation import ModuleCache
@@ -75,9 +75,22 @@ class _Task:
         """Random numbers of this device, moment and purpose alone."""
         return generator_of(self.world.seed, self.device, self.moment, purpose)
 
+    @property
+    def shifts_next(self) -> bool:
+        """Whether a step follows in which data is other data."""
+        settings, following = self.world.settings, self.step + 1
+        return following < settings.steps and settings.phase(following) > settings.phase(self.step)
+
     def data(self, step: int) -> DeviceData:
         """Return what this device holds in a step, where models compute."""
         return placed(self.world.data(self.device, step), self.world.settings.compute)
+
+    def arrived(self) -> TensorDataset:
+        """Return the training samples that came with this step; all, if none did."""
+        data = self.data(self.step).train
+        known = set(_samples(self.data(self.step - 1).train))
+        new = [row for row, sample in enumerate(_samples(data)) if sample not in known]
+        return TensorDataset(*data[new]) if new else data
 
     @contextmanager
     def prior(self, model: nn.Module) -> Iterator[None]:
@@ -125,6 +138,11 @@ class _Task:
         with self.prior(model):
             self.method.select(model, self.data(self.step).train, self.generator(SELECT))
         return msg, model
+
+
+def _samples(data: TensorDataset) -> list[bytes]:
+    """Return the inputs, to be compared."""
+    return [sample.tobytes() for sample in data.tensors[0].cpu().numpy()]
 
 
 def generator_of(seed: int, device: int, moment: int, purpose: int) -> torch.Generator:
@@ -191,7 +209,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     data = task.data(task.step)
     with one_thread():
         original, model = task.opened(msg, stores=task.delivery)
-        shifts = task.delivery and settings.phase(task.step + 1) > settings.phase(task.step)
+        shifts = task.delivery and task.shifts_next
         held = fallback = math.nan
         with task.prior(model):
             before = after = accuracies(model, data.test, data.classes)
@@ -235,12 +253,13 @@ def evaluate(msg: Message, context: Context) -> Message:
 
 
 def _with_fallback(task: _Task, original: Message, adapted: nn.Module) -> float:
-    """Test the better of two models that a device has when a step begins, both untrained on it.
+    """Test the better of the two models that a device has when a step begins.
 
     It still has what the cloud sent, and knows the labels of its new data: neither training nor
-    the cloud is needed to tell both models its classes and see which serves that data better.
+    the cloud is needed to tell both models its classes and see which serves that data better. Data
+    that it had before is not asked: the adapted model was trained on it.
     """
-    data = task.data(task.step)
+    data, arrived = task.data(task.step), task.arrived()
     _, sent = task.opened(original, stores=False)
     with task.prior(adapted):
         task.method.select(adapted, data.train, task.generator(SELECT))
@@ -248,5 +267,5 @@ def _with_fallback(task: _Task, original: Message, adapted: nn.Module) -> float:
     for model in (adapted, sent):
         with task.prior(model):
             accuracy, _ = accuracies(model, data.test, data.classes)
-            found.append((judged(model, data.train), accuracy))
+            found.append((judged(model, arrived), accuracy))
     return max(found, key=lambda of_model: of_model[0])[1]

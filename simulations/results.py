@@ -43,8 +43,8 @@ class Row:
         At a step's first evaluation: of the model the device adapted last, on its new data; nan
         where data didn't shift.
     accuracy_fallback : float
-        The same of that model or the one it was sent, whichever serves its new training data better
-        now that it knows its new classes.
+        The same of that model or the one it was sent, whichever serves the training data that came
+        better, now that both were told the new classes.
     accuracy_global : float
         Of the whole cloud model on the cloud's test data; nan where there is no such model.
     bytes_down, bytes_up : int
@@ -103,7 +103,7 @@ def read(path: Path) -> list[Row]:
     }
     with open(path, newline="") as file:
         return [
-            Row(**{f.name: kinds[str(f.type)](row.get(f.name, "")) for f in fields(Row)})
+            Row(**{f.name: kinds[str(f.type)](row[f.name]) for f in fields(Row) if f.name in row})
             for row in csv.DictReader(file)
         ]
 

@@ -263,11 +263,10 @@ class StrategyRun:
                     clock=self._clock,
                 )
             )
-            if delivery and step + 1 < self._settings.steps:
-                self._after_shift[device] = {
-                    "accuracy_held": _number(metrics, "accuracy-held"),
-                    "accuracy_fallback": _number(metrics, "accuracy-fallback"),
-                }
+            self._after_shift[device] = {
+                "accuracy_held": _number(metrics, "accuracy-held"),
+                "accuracy_fallback": _number(metrics, "accuracy-fallback"),
+            }
             del self._spent[device]
         for device, spent in sorted(self._spent.items()):
             if spent.down or spent.up:  # no byte may be lost with who is not evaluated

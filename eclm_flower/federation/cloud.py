@@ -120,7 +120,7 @@ class CloudModel:
         return _record(flattened(SELECTOR_PART, self.selector))
 
     @cached_property
-    def importance(self) -> Importance | None:
+    def everyones_importance(self) -> Importance | None:
         """What any device would tell if the selector's gates are alike for every input, else None.
 
         They are in a nested order of modules, and in a selector that nobody trained.

@@ -66,7 +66,7 @@ class Profiles:
         self.importance_rounds = dict.fromkeys(self.importance_rounds, 0)
 
     def wants_selector(self, device: int, server_round: int) -> bool:
-        """Whether a device must be sent the selector, to score its data."""
+        """Whether what a device tells of its data is missing or old."""
         if self.tells == "budget":
             return False
         told = self.importance_rounds.get(device)

@@ -60,7 +60,7 @@ def configure(
         server_round,
         lambda selector: _question(strategy, selector),
         strategy.cloud.selector_arrays,
-        everyones=strategy.cloud.importance,
+        everyones=strategy.cloud.everyones_importance,
         until=profiles_until,
         costs=strategy.costs,
         sub_tasks=strategy.model.sub_tasks,

@@ -89,7 +89,7 @@ class ECLM(FedAvg):
     importance_every : int, optional
         Ask a device for its importance again after this many rounds, at the price of the
         selector's bytes; None (default) asks once. Nobody is asked where the selector's gates are
-        alike for every input: a nested order without delta modules.
+        alike for every input: in a nested order without delta modules, and before `prototype`.
     budget_every : int (default: 1)
         Ask a device for its budget again after this many rounds. 1 asks in every round, an exchange
         before the training; with more, a round whose devices all told theirs lately has none.

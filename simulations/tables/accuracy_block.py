@@ -77,13 +77,18 @@ def best_rival(
     *,
     statistic: Callable[[pd.Series[float]], float] = pd.Series.mean,
 ) -> str | None:
-    """Return the best strategy within budgets that is neither the method nor a variant of it."""
+    """Return the best strategy within budgets that is neither the method nor a variant of it.
+
+    None if there is no such strategy, or one of them was not measured.
+    """
     values = {
         name: statistic(of_strategy(ends, name, column))
         for name in there
         if name != method and not name.startswith(f"{method}-") and within_budget(name)
     }
-    return max(values, key=lambda name: values[name]) if values else None
+    if not values or any(math.isnan(value) for value in values.values()):
+        return None
+    return max(values, key=lambda name: values[name])
 
 
 def at_the_end(course: pd.DataFrame, name: str, column: str) -> float:

@@ -45,8 +45,8 @@ def ends(frame: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         Means over the ends of steps: accuracy ``sent``, ``adapted`` and, adapted, ``masked``; peak
-        ``memory`` (bytes) and ``seconds`` of an adaptation. Means over shifts: accuracy right after
-        one, of the model ``held``, and of the better of it and its ``fallback``.
+        ``memory`` (bytes) and ``seconds`` of an adaptation. Means over shifts, right after them:
+        accuracy of the model ``held``, and with ``fallback`` on the one sent.
     """
     frame = frame[frame["accuracy_before"].notna()]  # the others have bytes alone
     last = frame.groupby(["strategy", "seed", "step"])["round"].transform("max")

@@ -10,7 +10,7 @@ from simulations.tables.blocks import NOTHING, Block, percent, points
 from simulations.tables.definition import TableDefinition
 from simulations.tables.rows import Rows
 
-_MEASURES = {"sent": "sent", "adapted": "adapted", "masked": "masked", **AFTER_SHIFT}
+_MEASURES = {"sent": "sent", "adapted": "adapted", "masked": "masked"}
 _NOTE = (
     "Each cell: points ahead of the best rival within budgets *of that cell*, and which it is. "
     "Variants of the method, and strategies that ignore budgets (†), are no rivals here."
@@ -23,9 +23,14 @@ def summary_block(table: TableDefinition, rows: Mapping[str, Rows]) -> Block:
     Each measure has a best rival of its own: the one that leaves the method least.
     """
     method = table.method
+    measures = _MEASURES | {
+        column: heading
+        for column, heading in AFTER_SHIFT.items()
+        if any(len(found.ends) and found.ends[column].notna().any() for found in rows.values())
+    }
     block = Block(
         title=f"At a glance: `{method}` against the best rival within budgets",
-        headings=("row", f"`{method}`, adapted", *_MEASURES.values(), "worst tenth"),
+        headings=("row", f"`{method}`, adapted", *measures.values(), "worst tenth"),
         notes=[_NOTE],
     )
     for row in table.rows:
@@ -36,7 +41,7 @@ def summary_block(table: TableDefinition, rows: Mapping[str, Rows]) -> Block:
             continue
         own = of_strategy(ends, method, "adapted")
         cells = [row.title, percent(own.mean())]
-        for column in _MEASURES:
+        for column in measures:
             rival = best_rival(ends, there, method, column)
             mine, theirs = (of_strategy(ends, name, column) for name in (method, str(rival)))
             ahead = points(difference(mine, theirs))

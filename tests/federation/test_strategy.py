@@ -180,6 +180,7 @@ def test_nobody_is_asked_for_importance_that_is_alike_for_all_data():
     app, asked = spied_app()
     model = build_model()
     model.selector.prefer_in_order("0", by=0.5)
+    assert model.selector.heads.weight.eq(0).all()
     strategy, _ = run(model, app, rounds=3, importance_every=1)
     assert len(asked) == 4 * (1 + 3)
     assert not any(asked)

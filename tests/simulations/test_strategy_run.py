@@ -174,6 +174,8 @@ def test_a_module_cache_saves_bytes_and_changes_no_accuracy(tmp_path, options, s
     cached = run_tiny(tmp_path / "with", module_cache=True, **options)
     for name in ("accuracy_before", "accuracy_after", "accuracy_global", "modules"):
         assert column(cached, name) == column(without, name)
+    for name in ("accuracy_held", "accuracy_fallback"):
+        assert np.array_equal(column(cached, name), column(without, name), equal_nan=True)
     # What was handed out at the end of a step need not be sent again in the next.
     down = [sum(column(rows, "bytes_down", step=1)) for rows in (without, cached)]
     assert down[1] < share * down[0]
@@ -186,7 +188,13 @@ def test_devices_with_a_module_cache_can_keep_their_models(tmp_path, options):
     without = run_tiny(tmp_path / "without", steps=2, rounds=1, **options)
     cached = run_tiny(tmp_path / "with", steps=2, rounds=1, module_cache=True, **options)
     assert {row["step"] for row in cached} == {"0", "1"}
-    for name in ("accuracy_before", "accuracy_after", "accuracy_held", "modules"):
+    for name in (
+        "accuracy_before",
+        "accuracy_after",
+        "accuracy_held",
+        "accuracy_fallback",
+        "modules",
+    ):
         assert np.array_equal(column(cached, name), column(without, name), equal_nan=True)
 
 

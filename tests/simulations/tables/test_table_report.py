@@ -117,8 +117,21 @@ def test_a_summary_finds_the_best_rival_of_each_measure(table):
     assert ahead["adapted"] == "+17.5 ± 11.6 (2/2), `nested`"
     assert ahead["masked"] == "-20.0 ± 0.0 (2/2), `random`"
     assert ahead["after shift"] == "+0.0 ± 0.0 (0/2), `nested`"
-    assert ahead["with fall-back"] == NOTHING
+    assert "with fall-back" not in ahead
     assert ahead["worst tenth"] == "+20.0, `random`"  # nested: best on average, not there
+
+
+def test_a_summary_has_no_best_rival_until_all_rivals_are_measured(table):
+    rows = {"first": rows_of(ACCURACY, fallback=0.4), "second": rows_of(ACCURACY)}
+    ends = rows["first"].ends
+
+    def with_fallback() -> list[str]:
+        block = summary_block(table, rows)
+        return [line[block.headings.index("with fall-back")] for line in block.lines]
+
+    assert with_fallback() == ["+0.0 ± 0.0 (0/2), `nested`", NOTHING]
+    ends.loc[ends["strategy"] == "random", "fallback"] = math.nan
+    assert with_fallback() == [NOTHING, NOTHING]
 
 
 def test_a_summary_leaves_out_rows_without_a_rival(table):
