@@ -135,9 +135,13 @@ class _Task:
         if state is not None:
             model.load_state_dict(state)
         model.to(self.world.settings.compute)
+        self.select(model)
+        return msg, model
+
+    def select(self, model: nn.Module) -> None:
+        """Let the method select in a model what serves this device's data best."""
         with self.prior(model):
             self.method.select(model, self.data(self.step).train, self.generator(SELECT))
-        return msg, model
 
 
 def _samples(data: TensorDataset) -> list[bytes]:
@@ -261,8 +265,7 @@ def _with_fallback(task: _Task, original: Message, adapted: nn.Module) -> float:
     """
     data, arrived = task.data(task.step), task.arrived()
     _, sent = task.opened(original, stores=False)
-    with task.prior(adapted):
-        task.method.select(adapted, data.train, task.generator(SELECT))
+    task.select(adapted)
     found = []
     for model in (adapted, sent):
         with task.prior(model):
