@@ -123,7 +123,7 @@ class Start:
 
 def start_of(world: World, shares: Sequence[float], folder: Path | None) -> Start:
     """Train the whole model, or read it from a folder, and put what contributes most first."""
-    config = replace(config_of(world), budget_shares=tuple(shares))
+    config = replace(config_of(world, world.settings), budget_shares=tuple(shares))
     augment = augmentation_of(world)
     train, held_out = split_proxy(world)
     options = {"sub_tasks": train.sub_tasks, "augment": augment}

@@ -106,7 +106,7 @@ def ceiling(
     world: World, shares: Sequence[float], *, most_devices: int, console: Console
 ) -> list[CeilingRow]:
     """Run the test for one seed."""
-    config = replace(config_of(world), budget_shares=tuple(shares))
+    config = replace(config_of(world, world.settings), budget_shares=tuple(shares))
     augment = augmentation_of(world)
     train, held_out = split_proxy(world)
     kinds = list(dict.fromkeys(sub_tasks_of_devices(world)))[:most_devices]

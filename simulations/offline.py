@@ -23,6 +23,7 @@ from eclm_flower.modular import ModularModel
 from eclm_flower.prototyping import accuracy
 from simulations.augmentation import augmentation_of
 from simulations.offline_digest import digest_of_kind, digest_of_start
+from simulations.settings import Settings
 from simulations.world import World, usual_shares
 from strategies.offline import Offline, prepare
 
@@ -36,8 +37,9 @@ class OfflineStage:
     ----------
     world : World
         The seed.
-    folder : path
-        Where models are kept.
+    settings : Settings
+        The experiment. The world may have what devices are told of it: nothing of how the cloud
+        trains.
     console : Console
         Where progress is shown.
 
@@ -48,9 +50,9 @@ class OfflineStage:
         cloud's test data.
     """
 
-    def __init__(self, world: World, folder: Path, console: Console) -> None:
-        self._world, self._folder, self._console = world, folder, console
-        self._config = config_of(world)
+    def __init__(self, world: World, settings: Settings, console: Console) -> None:
+        self._world, self._folder, self._console = world, settings.offline_folder, console
+        self._config = config_of(world, settings)
         # What only sub-models are trained by is left out, so that fleets share a whole model.
         self._dense_config = replace(
             self._config,
@@ -147,9 +149,8 @@ class OfflineStage:
         unfinished.replace(self._path(name))
 
 
-def config_of(world: World) -> PrototypingConfig:
+def config_of(world: World, settings: Settings) -> PrototypingConfig:
     """Set the offline stage's parameters; simulated devices see as many sub-tasks as real ones."""
-    settings = world.settings
     return PrototypingConfig(
         seed=world.seed,
         epochs=settings.epochs,

@@ -83,7 +83,7 @@ def _run_seed(
 ) -> None:
     settings = record.settings
     world = world_of(settings.for_devices(), seed)
-    offline = OfflineStage(world, settings.offline_folder, console)
+    offline = OfflineStage(world, settings, console)
     offline.accuracies = record.cloud_model.setdefault(str(seed), {})
     cloud_test = world.environment.cloud_test()
     # Let every process load what it needs, so that the first strategy is not timed for it.

@@ -1,5 +1,6 @@
 """One dense start for all kinds of preparation, kept on disk, and the same when read back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ TINY = Settings(devices=4, per_round=2, epochs=4, enhancing_epochs=1)
 
 
 def stage(folder: Path) -> OfflineStage:
-    return OfflineStage(World(TINY, seed=0), folder, Console(quiet=True))
+    settings = replace(TINY, offline_dir=str(folder))
+    return OfflineStage(World(settings, seed=0), settings, Console(quiet=True))
 
 
 def test_all_kinds_start_from_one_training_of_the_whole_model(tmp_path: Path, monkeypatch):
@@ -63,17 +65,18 @@ def test_an_unfinished_file_is_not_taken_for_a_model(tmp_path: Path):
     ],
 )
 def test_simulated_devices_see_as_many_sub_tasks_as_real_ones(options: dict, most: int):
-    world = World(Settings(devices=8, **options), seed=0)
-    assert config_of(world).sub_tasks_per_device == (1, most)
+    settings = Settings(devices=8, **options)
+    config = config_of(World(settings, seed=0), settings)
+    assert config.sub_tasks_per_device == (1, most)
 
 
 @pytest.mark.parametrize(("options", "expected"), [({}, 4), ({"delta_share": 0.5}, 6)])
 def test_delta_modules_get_a_third_of_the_epochs_unless_told(options: dict, expected: int):
     settings = Settings(devices=8, enhancing_epochs=12, **options)
-    assert config_of(World(settings, seed=0)).delta_epochs == expected
+    assert config_of(World(settings, seed=0), settings).delta_epochs == expected
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_the_cloud_distils_as_told(weight: float):
     settings = Settings(devices=8, distillation=weight)
-    assert config_of(World(settings, seed=0)).distillation == weight
+    assert config_of(World(settings, seed=0), settings).distillation == weight

@@ -7,6 +7,7 @@ import pytest
 import torch
 from experiments import run_tiny
 from rich.console import Console
+from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 from eclm_flower import PrototypingConfig
@@ -21,7 +22,8 @@ BASE = Settings(devices=4, per_round=2, epochs=4, enhancing_epochs=1, fleet="uni
 
 
 def names(settings: Settings = BASE, seed: int = 0) -> tuple[str, str]:
-    stage = OfflineStage(World(settings, seed), Path(), Console(quiet=True))
+    # As in a run, where the world is that of the devices.
+    stage = OfflineStage(World(settings.for_devices(), seed), settings, Console(quiet=True))
     return stage._path("dense").name, stage._path("nested").name
 
 
@@ -60,12 +62,10 @@ def test_what_only_the_further_preparation_depends_on(changed: dict):
 
 
 def test_fleets_and_label_skews_really_start_from_the_same_whole_model(tmp_path: Path):
-    models = [
-        OfflineStage(World(settings, 0), tmp_path / str(number), Console(quiet=True))
-        for number, settings in enumerate(
-            [BASE, replace(BASE, fleet="uniform:0.25"), replace(BASE, classes_per_device=3)]
-        )
-    ]
+    models = []
+    for changed in ({}, {"fleet": "uniform:0.25"}, {"classes_per_device": 3}):
+        settings = replace(BASE, **changed, offline_dir=str(tmp_path / str(len(models))))
+        models.append(OfflineStage(World(settings, 0), settings, Console(quiet=True)))
     for stage in models:
         stage.model("whole")
     first, *others = (stage._path("dense").read_bytes() for stage in models)
@@ -104,6 +104,15 @@ def test_runs_share_what_is_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert again == first
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         run_tiny(tmp_path / "other", strategies="nested", **{**shared, "enhancing_epochs": 2})
+
+
+def test_a_run_trains_its_cloud_with_options_that_no_device_hears_of(tmp_path):
+    shared = {"offline_dir": tmp_path / "models", "rounds": 0, "strategies": "nested"}
+    for number, weight in enumerate((0.0, 0.5)):
+        run_tiny(tmp_path / str(number), **shared, distillation=weight)
+    assert len(list((tmp_path / "models").glob("dense-*.safetensors"))) == 1
+    plain, distilled = (load_file(f) for f in (tmp_path / "models").glob("nested-*.safetensors"))
+    assert any(not torch.equal(plain[key], tensor) for key, tensor in distilled.items())
 
 
 def test_each_thing_that_training_is_given_counts():
